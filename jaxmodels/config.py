@@ -1,0 +1,129 @@
+"""Configs: frozen, hashable dataclasses with HF's field names, read from and written to config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from jaxmodels.cache import KVSpec
+from jaxmodels.ops.rope import RopeParameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every config shares. `extra` keeps the keys of config.json that no field reads: saved again, not compared, not hashed."""
+
+    model_type: ClassVar[str] = ""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    num_labels: int = 2
+    problem_type: str | None = None
+    attn_implementation: str | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def layer_kinds(self) -> tuple[Hashable, ...]:
+        """One entry per layer, equal for layers of the same structure; None where the family has one kind of layer."""
+        return (None,) * self.num_hidden_layers
+
+    def layer_spec(self, kind: Hashable) -> Any:
+        """What a layer of that kind remembers: by default keys and values of `num_key_value_heads` heads."""
+        return KVSpec(heads=self.num_key_value_heads, head_dim=self.head_dim)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From the contents of config.json. ValueError names what is missing or of the wrong type."""
+        values = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version")}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name != "extra"}
+        if "attn_implementation" not in values:
+            values["attn_implementation"] = values.pop("_attn_implementation", None)
+        labels = values.get("id2label")
+        values["num_labels"] = len(labels) if labels else values.get("num_labels") or 2
+        if "rope_parameters" in fields:
+            values = _read_rope(values)
+        absent = [
+            n
+            for n, f in fields.items()
+            if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if absent:
+            raise ValueError(f"config of {cls.model_type or cls.__name__} lacks {', '.join(absent)}; found are {', '.join(sorted(values))}")
+        known = {k: _freeze(v) for k, v in values.items() if k in fields}
+        for name, value in known.items():
+            _check(cls, name, fields[name].type, value)
+        return cls(**known, extra={k: v for k, v in values.items() if k not in fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, in the spellings of transformers 4 and 5 where they differ."""
+        mine = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels", "attn_implementation")
+        }
+        out = {**self.extra, "model_type": self.model_type, **{k: list(v) if isinstance(v, tuple) else v for k, v in mine.items()}}
+        if self.num_labels != len(self.extra.get("id2label") or (0, 1)):
+            out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+        rope = mine.get("rope_parameters")
+        if isinstance(rope, RopeParameters):
+            new = rope.to_dict()
+            old = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
+            out |= {"rope_parameters": new, "rope_theta": rope.rope_theta, "rope_scaling": None if rope.rope_type == "default" else old}
+        return out
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        return cls.from_dict(read_json(Path(path)))
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError names the file and what is wrong with it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; a checkpoint directory holds config.json beside its .safetensors files") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); download or write it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`, whose keys count first as in HF."""
+    values = dict(values)
+    scaling = values.pop("rope_scaling", None) or {}
+    defaults = {k: values.pop(k) for k in ("rope_theta", "partial_rotary_factor") if values.get(k) is not None}
+    found = values.get("rope_parameters")
+    if not isinstance(found, RopeParameters):
+        defaults["max_position_embeddings"] = values.get("max_position_embeddings", 2048)
+        if values.get("original_max_position_embeddings"):
+            scaling = {**scaling, "original_max_position_embeddings": values["original_max_position_embeddings"]} if scaling else scaling
+        values["rope_parameters"] = RopeParameters.from_dict(scaling or found or {}, **defaults)
+    return values
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_freeze(v) for v in value)
+    return value
+
+
+def _check(cls: type, name: str, kind: Any, value: Any) -> None:
+    simple = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    wanted = simple.get(kind.replace(" | None", "")) if isinstance(kind, str) else None
+    if wanted is None or (value is None and "None" in kind):
+        return
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{name} in the config of {cls.__name__} is {value!r}; expected {kind}")

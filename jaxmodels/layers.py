@@ -1,0 +1,234 @@
+"""Modules that own a parameter and call an op, and the stack of layers in its two forms.
+
+Axis letters: B batch, T new tokens, S cache slots, D hidden, N query heads, K kv heads, H head dim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from jaxmodels.cache import Cache, segments
+from jaxmodels.ops.attention import attention
+from jaxmodels.ops.linear import linear
+from jaxmodels.ops.norm import rms_norm
+from jaxmodels.ops.rope import RopeParameters, rope_table, rotate
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function that a config's `hidden_act` names."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def boxed(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+    """torch.nn.Linear: `weight` [out, in] and `bias` [out], as the checkpoint stores them. `axes` name (out, in)."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = False
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", boxed(nn.initializers.normal(self.init_std), self.axes), (self.features, x.shape[-1]))
+        bias = self.param("bias", boxed(nn.initializers.zeros, self.axes[:1]), (self.features,)) if self.use_bias else None
+        return linear(x, weight, bias)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("weight", boxed(nn.initializers.ones, ("embed",)), x.shape[-1:]), self.eps)
+
+
+class Embedding(nn.Module):
+    """torch.nn.Embedding: `weight` [num, features]. An id out of range gives nan, not a neighbour's row."""
+
+    num: int
+    features: int
+    init_std: float = 0.02
+
+    def setup(self) -> None:
+        self.weight = self.param("weight", boxed(nn.initializers.normal(self.init_std), ("vocab", "embed")), (self.num, self.features))
+
+    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        return jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Logits [..., num] of x [..., features] against the rows: the tied head."""
+        return linear(x, self.weight)
+
+
+@struct.dataclass
+class Rope:
+    """Tables (cos, sin) [B,T,1,R] for the new tokens and, where keys are cached unrotated, [B,S,1,R] for all keys."""
+
+    new: tuple[jax.Array, jax.Array]
+    keys: tuple[jax.Array, jax.Array] | None = None
+
+
+@struct.dataclass
+class Step:
+    """What one forward pass hands to every layer. `layer` is the place in stacked states, None when a state is one layer's."""
+
+    positions: jax.Array  # [B,T], -1 for padding
+    key_positions: jax.Array  # [B,S] with the new tokens; S = T without a cache
+    index: jax.Array | None = None  # the cache slot of the first new token
+    rope: Any = None  # Rope, or what else the family's layers look up by position
+    layer: jax.Array | None = None
+    rules: Any = struct.field(pytree_node=False, default=None)
+    attention: str = struct.field(pytree_node=False, default="xla")
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return x if self.rules is None else self.rules.constrain(x, axes)
+
+    def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any) -> Rope:
+        """Tables for this step; `position_ids` [B,T] override the positions that masks use."""
+        turned = self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape)
+        lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
+        new = rope_table(rope, head_dim, turned, lengths, dtype)
+        if self.index is None or not rope.length_dependent:
+            return Rope(new)
+        return Rope(new, rope_table(rope, head_dim, self.key_positions, lengths, dtype))
+
+
+def begin(
+    shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache | None, rules: Any, attention: str
+) -> tuple[Step, Cache | None]:
+    """The step for [B,T] new tokens and the cache with their positions noted (its states not yet written)."""
+    B, T = shape
+    if attention_mask is None:
+        real = jnp.ones((B, T), bool)
+    else:
+        if (
+            attention_mask.ndim != 2
+            or attention_mask.shape[0] != B
+            or attention_mask.shape[1] < T
+            or (cache is None and attention_mask.shape[1] != T)
+        ):
+            raise ValueError(
+                f"attention_mask has shape {attention_mask.shape}; expected [B,T] = [{B},{T}], 1 for real tokens and 0 for padding"
+            )
+        real = attention_mask[:, -T:].astype(bool)  # HF's loops pass the whole history's mask; the cache knows the rest
+    seen = 0 if cache is None else cache.lengths[:, None]
+    positions = jnp.where(real, seen + jnp.cumsum(real, 1, dtype=jnp.int32) - 1, -1)
+    if cache is None:
+        return Step(positions, positions, rules=rules, attention=attention), None
+    index, cache = cache.index, cache.advance(positions)
+    return Step(positions, cache.positions, index, rules=rules, attention=attention), cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None, scale: float | None = None) -> tuple:
+    """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None."""
+    k_positions = step.key_positions
+    if rope is not None:
+        q = rotate(q, rope.new)
+        if rope.keys is None:
+            k = rotate(k, rope.new)
+    if state is not None:
+        state, k, v = state.update(k, v, step.index, step.layer)
+    if rope is not None and rope.keys is not None:
+        k = rotate(k, rope.keys)
+    out, weights = attention(q, k, v, step.positions, k_positions, scale=scale, implementation=step.attention)
+    return out.reshape(*out.shape[:2], -1), state, weights
+
+
+def remat_policy(name: str) -> Any:
+    """A `jax.checkpoint` policy by its name in jax.checkpoint_policies; `full` recomputes everything."""
+    names = {"full": "nothing_saveable"} | {
+        n: n for n in ("nothing_saveable", "everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+    }
+    if name not in names:
+        raise ValueError(f"remat policy {name!r} is not known; known are {', '.join(names)}")
+    return getattr(jax.checkpoint_policies, names[name])
+
+
+class Layers(nn.Module):
+    """The stack: `block(config)`, or `block(config, kind=kind)` where config.layer_kinds names kinds, once per layer.
+
+    A block is called `(x [B,T,D], state, step) -> (x, state, attention weights or None)`. Unrolled, layer i owns the parameters
+    `i`. Scanned, each segment of repeating kinds is one loop, and layers start, start+period, … below stop share the
+    parameters `start:stop:period` with a leading [layers] axis; the states ride in the loop's carry."""
+
+    block: Any
+    config: Any
+    scan: bool = False
+    remat: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, states: tuple | None, step: Step) -> tuple[jax.Array, tuple | None, list, list]:
+        """Returns x after the last layer, the states, the input of every layer and the attention weights of every layer."""
+        kinds = self.config.layer_kinds
+        plan = segments(kinds) if self.scan else [(i, 1, 1) for i in range(len(kinds))]
+        inputs, weights, left, done = [], [], list(states or ()), []
+        for start, period, repeats in plan:
+            mine = None if states is None else tuple(left.pop(0) for _ in range(period))
+            if repeats == 1:
+                inputs.append(x)
+                block = nn.remat(self.block, policy=remat_policy(self.remat)) if self.remat else self.block
+                x, state, w = self._make(block, kinds[start], name=str(start))(x, None if mine is None else mine[0], step)
+                weights.append(w)
+                mine = (state,)
+            else:
+                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats)
+                inputs += [ins[j][i] for i in range(repeats) for j in range(period)]
+                weights += [None if ws[j] is None else ws[j][i] for i in range(repeats) for j in range(period)]
+            done += mine or ()
+        return x, None if states is None else tuple(done), inputs, weights
+
+    def _make(self, block: Any, kind: Hashable, **kwargs: Any) -> nn.Module:
+        return block(self.config, **({} if kind is None else {"kind": kind}), **kwargs)
+
+    def _scan(self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int) -> tuple:
+        stop = start + period * repeats
+        blocks = [self._make(self.block, self.config.layer_kinds[start + j], parent=None) for j in range(period)]
+        params = []
+        for j, block in enumerate(blocks):
+            name = f"{start + j}:{stop}:{period}"
+            init = lambda key, block=block: _stacked(block, jax.random.split(key, repeats), x, step)
+            # Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes.
+            params.append(self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init))
+
+        def body(carry: tuple, xs: tuple) -> tuple:
+            (x, states), (layer, params) = carry, xs
+            ins, ws, new = [], [], []
+            for j, block in enumerate(blocks):
+                ins.append(x)
+                state = None if states is None else states[j]
+                x, state, w = block.apply({"params": params[j]}, x, state, step.replace(layer=layer))
+                ws.append(w)
+                new.append(state)
+            return (x, None if states is None else tuple(new)), (ins, ws)
+
+        if self.remat:
+            body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
+        (x, states), (ins, ws) = jax.lax.scan(body, (x, states), (jnp.arange(repeats), params))
+        return x, states, ins, ws
+
+
+def _stacked(block: nn.Module, keys: jax.Array, x: jax.Array, step: Step) -> Any:
+    """The block's boxed parameters for each of the keys, stacked on a new axis named `layers`."""
+    tree = jax.vmap(lambda key: block.init(key, x, None, step)["params"])(keys)
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)) if is_box(box) else box, tree, is_leaf=is_box)

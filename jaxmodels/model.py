@@ -1,0 +1,209 @@
+"""What the top modules of every family share, and the heads that are the same for all of them.
+
+Axis letters: B batch, T tokens, D hidden, V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxmodels.cache import Cache
+from jaxmodels.layers import Linear, Step, begin
+from jaxmodels.ops.attention import resolve_attention
+from jaxmodels.ops.loss import causal_lm_loss, classification_loss, cross_entropy, span_loss
+from jaxmodels.outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+
+class Model(nn.Module):
+    """A family's module over `config`. Static and hashable, so it may be a static argument of jax.jit.
+
+    dtype: the compute dtype (parameters have their own); scan_layers: the stacked form of the parameters; remat: a
+    jax.checkpoint policy by name; attn_implementation: overrides the config's choice; rules: logical axes to mesh axes."""
+
+    config: Any
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    remat: str | None = None
+    attn_implementation: str | None = None
+    rules: Any = None
+
+    base_name: ClassVar[str] = ""  # the attribute, and so the prefix in a checkpoint, that holds the base model; empty in a base model
+    float32_params: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that keep float32 whatever the dtype
+
+    def options(self) -> dict[str, Any]:
+        """The fields that a part of this model is built with."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Model) if f.name not in ("parent", "name")}
+
+    @property
+    def axis_units(self) -> Mapping[str, int]:
+        """Axes that hold whole units, and the unit's size: heads are never cut."""
+        return {"heads": self.config.head_dim, "kv_heads": self.config.head_dim}
+
+    def start(
+        self,
+        input_ids: jax.Array | None,
+        attention_mask: jax.Array | None,
+        inputs_embeds: jax.Array | None,
+        cache: Cache | None,
+        output_attentions: bool,
+    ) -> tuple[Step, Cache | None]:
+        """Check the inputs and place the new tokens."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids [B,T] and inputs_embeds [B,T,D] is needed")
+        if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size)
+        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        attention = resolve_attention(self.attn_implementation or self.config.attn_implementation)
+        if output_attentions and attention != "eager":
+            warnings.warn(f"attention {attention!r} returns no weights: this call runs 'eager' for output_attentions", stacklevel=3)
+            attention = "eager"
+        if attention_mask is not None:
+            attention_mask = jnp.asarray(attention_mask)
+        return begin(shape, attention_mask, cache, self.rules, attention)  # type: ignore[arg-type]
+
+
+def check_ids(input_ids: Any, vocab_size: int) -> None:
+    """Raise ValueError when concrete token ids [B,T] are not integers in 0..vocab_size-1; traced ids cannot be looked at."""
+    if getattr(input_ids, "ndim", None) != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(f"input_ids must be an integer array [B,T]; found {type(input_ids).__name__} of shape {np.shape(input_ids)}")
+    if isinstance(input_ids, jax.core.Tracer) or input_ids.size == 0:
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token ids run from {low} to {high}; the model's vocabulary has {vocab_size} (0..{vocab_size - 1})")
+
+
+class Head(Model):
+    """A base model under `base_name` and something on top. Subclasses of a family set `base`."""
+
+    base: ClassVar[type[Model]]
+    base_name: ClassVar[str] = "model"
+
+    def add_base(self) -> None:
+        setattr(self, self.base_name, self.base(**self.options()))
+
+    def run_base(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        return getattr(self, self.base_name)(*args, **kwargs)
+
+
+class CausalLM(Head):
+    """Next-token logits; the head is tied to the embeddings where the config says so."""
+
+    def setup(self) -> None:
+        self.add_base()
+        if not self.config.tie_word_embeddings:
+            self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"), init_std=self.config.initializer_range)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        if self.config.tie_word_embeddings:
+            return getattr(self, self.base_name).embeddings().attend(x)
+        return self.lm_head(x)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        cache: Cache | None = None,
+        labels: jax.Array | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> CausalLMOutput:
+        """labels [B,T]: ids, -100 left out; the loss is that of the following token. logits_to_keep: only the last so many, 0 for all."""
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions)
+        logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
+        if self.rules is not None:
+            logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return CausalLMOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
+
+
+class SequenceClassification(Head):
+    """Logits of the last real token: by attention_mask or, without one, by the config's pad_token_id."""
+
+    def setup(self) -> None:
+        self.add_base()
+        self.score = Linear(self.config.num_labels, (None, "embed"), init_std=self.config.initializer_range)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        cache: Cache | None = None,
+        labels: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> SequenceClassifierOutput:
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions)
+        x = out.last_hidden_state
+        B, T, _ = x.shape
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        real = jnp.ones((B, T), bool) if attention_mask is None else jnp.asarray(attention_mask)[:, -T:].astype(bool)
+        last = jnp.max(jnp.where(real, jnp.arange(T), 0), 1)
+        logits = self.score(jnp.take_along_axis(x, last[:, None, None], 1)[:, 0])
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        return SequenceClassifierOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
+
+
+class TokenClassification(Head):
+    def setup(self) -> None:
+        self.add_base()
+        self.score = Linear(self.config.num_labels, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        labels: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> TokenClassifierOutput:
+        """labels [B,T]: classes, -100 left out."""
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions)
+        logits = self.score(out.last_hidden_state)
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class QuestionAnswering(Head):
+    def setup(self) -> None:
+        self.add_base()
+        self.qa_outputs = Linear(2, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        start_positions: jax.Array | None = None,
+        end_positions: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """start_positions and end_positions [B]: token columns of the answer."""
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions)
+        start, end = jnp.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
+        wanted = start_positions is not None and end_positions is not None
+        loss = span_loss(start, end, start_positions, end_positions) if wanted else None  # type: ignore[arg-type]
+        return QuestionAnsweringOutput(loss, start, end, out.hidden_states, out.attentions)

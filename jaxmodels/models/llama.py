@@ -1,0 +1,159 @@
+"""Llama (arXiv:2302.13971; grouped queries 2307.09288; the llama3 rope scaling of Llama 3.1).
+
+Axis letters: B batch, T tokens, D hidden, N query heads, K kv heads, H head dim, F mlp."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from jaxmodels.cache import Cache
+from jaxmodels.config import Config
+from jaxmodels.family import Family
+from jaxmodels.layers import Embedding, Layers, Linear, RMSNorm, Step, activation, attend
+from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
+from jaxmodels.ops.rope import RopeParameters
+from jaxmodels.outputs import BaseModelOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(Config):
+    model_type: ClassVar[str] = "llama"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # type: ignore[assignment]  # as many as query heads
+    head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: RopeParameters = RopeParameters()
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+
+
+class LlamaAttention(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
+        c = self.config
+        (B, T, D), N, K, H = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        dense = partial(Linear, use_bias=c.attention_bias, init_std=c.initializer_range)
+        q = dense(N * H, ("heads", "embed"), name="q_proj")(x).reshape(B, T, N, H)
+        k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
+        v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
+        q = step.constrain(q, "batch", "seq", "act_heads", None)
+        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
+
+
+class LlamaMLP(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        c = self.config
+        dense = partial(Linear, use_bias=c.mlp_bias, init_std=c.initializer_range)
+        gate = dense(c.intermediate_size, ("mlp", "embed"), name="gate_proj")(x)  # [B, T, F]
+        up = dense(c.intermediate_size, ("mlp", "embed"), name="up_proj")(x)
+        h = step.constrain(activation(c.hidden_act)(gate) * up, "batch", "seq", "act_mlp")
+        return dense(c.hidden_size, ("embed", "mlp"), name="down_proj")(h)
+
+
+class LlamaBlock(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
+        norm = partial(RMSNorm, self.config.rms_norm_eps)
+        x = step.constrain(x, "batch", "seq", "act_embed")
+        h, state, weights = LlamaAttention(self.config, name="self_attn")(norm(name="input_layernorm")(x), state, step)
+        x = x + h
+        x = x + LlamaMLP(self.config, name="mlp")(norm(name="post_attention_layernorm")(x), step)
+        return x, state, weights
+
+
+class LlamaModel(Model):
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
+        self.layers = Layers(LlamaBlock, c, self.scan_layers, self.remat)
+        self.norm = RMSNorm(c.rms_norm_eps)
+
+    def embeddings(self) -> Embedding:
+        return self.embed_tokens
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        cache: Cache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        c = self.config
+        step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_attentions)
+        step = step.replace(rope=step.make_rope(c.rope_parameters, c.head_dim, position_ids, self.dtype))
+        x = self.embed_tokens(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)
+        x = self.norm(x)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            cache=None if cache is None else cache.replace(layers=states),
+            hidden_states=(*inputs, x) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+
+class LlamaForCausalLM(CausalLM):
+    base = LlamaModel
+
+
+class LlamaForSequenceClassification(SequenceClassification):
+    base = LlamaModel
+
+
+class LlamaForTokenClassification(TokenClassification):
+    base = LlamaModel
+
+
+class LlamaForQuestionAnswering(QuestionAnswering):
+    base = LlamaModel
+    base_name = "transformer"
+
+
+FAMILY = Family(
+    config=LlamaConfig,
+    classes={
+        "AutoModel": LlamaModel,
+        "AutoModelForCausalLM": LlamaForCausalLM,
+        "AutoModelForSequenceClassification": LlamaForSequenceClassification,
+        "AutoModelForTokenClassification": LlamaForTokenClassification,
+        "AutoModelForQuestionAnswering": LlamaForQuestionAnswering,
+    },
+    ignore=(r"(.*\.)?rotary_emb\.inv_freq",),
+)

@@ -1,0 +1,156 @@
+"""Rotary position embeddings (arXiv:2104.09864) with the scalings of HF's `rope_parameters`.
+
+Axis letters: B batch, T tokens, N heads, H head dim, R rotated dim (even, at most H)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")  # types that need original_max_position_embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeParameters:
+    """HF's `rope_parameters`, hashable. Lengths are in tokens; `other` holds keys that rope does not read, kept for saving."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    other: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **defaults: Any) -> RopeParameters:
+        """From config.json's `rope_parameters` or `rope_scaling`; `defaults` fill what it leaves out. ValueError names what is missing."""
+        values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
+        kind = values.setdefault("rope_type", values.pop("type", "default"))
+        values.pop("type", None)
+        if kind not in TYPES:
+            raise ValueError(f"rope_type {kind!r} in the config is not supported; supported are {', '.join(TYPES)}")
+        if kind in ORIGINAL_LENGTH:
+            values.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        needs = {
+            "linear": ("factor",),
+            "dynamic": ("factor", "max_position_embeddings"),
+            "yarn": ("original_max_position_embeddings",),
+            "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }
+        missing = [name for name in needs.get(kind, ()) if values.get(name) is None]
+        if missing:
+            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (found {', '.join(sorted(values))})")
+        known = {f.name for f in dataclasses.fields(cls)} - {"other"}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(
+            **{k: v for k, v in values.items() if k in known},
+            other=tuple((k, v) for k, v in values.items() if k not in known),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `rope_parameters` spelling, without what is unset."""
+        skip = {"other", "max_position_embeddings"}
+        plain = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self) if f.name not in skip}
+        keep = {k: v for k, (v, default) in plain.items() if v != default or k in ("rope_type", "rope_theta")}
+        return {**{k: list(v) if isinstance(v, tuple) else v for k, v in keep.items()}, **dict(self.other)}
+
+    @property
+    def length_dependent(self) -> bool:
+        """Whether the frequencies of a row depend on that row's length, so that keys are cached unrotated."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    def dim(self, head_dim: int) -> int:
+        return int(head_dim * self.partial_rotary_factor)
+
+
+def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array | None = None) -> tuple[jax.Array, float]:
+    """Radians per token, [R/2] float32 ([B, R/2] for the length-dependent types, from `lengths` [B]), and the factor on cos and sin."""
+    R = rope.dim(head_dim)
+    exponent = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
+    powers = np.float32(rope.rope_theta) ** exponent
+    plain = np.float32(1) / powers
+    original = rope.original_max_position_embeddings
+    if rope.rope_type == "default":
+        return jnp.asarray(plain), 1.0
+    if rope.rope_type == "linear":
+        return jnp.asarray(plain / np.float32(rope.factor)), 1.0
+    if rope.rope_type == "dynamic":  # NTK-aware: the base grows with the length
+        limit, factor = rope.max_position_embeddings, rope.factor
+        assert lengths is not None and limit is not None and factor is not None
+        length = jnp.maximum(lengths, limit).astype(jnp.float32)[:, None]
+        base = rope.rope_theta * (factor * length / limit - (factor - 1)) ** (R / (R - 2))
+        return 1.0 / base**exponent, 1.0
+    if rope.rope_type == "longrope":  # arXiv:2402.13753
+        assert lengths is not None and original is not None
+        short, long = (np.float32(1) / (np.asarray(f, np.float32) * powers) for f in (rope.short_factor, rope.long_factor))
+        factor = rope.factor or (rope.max_position_embeddings or original) / original
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        return jnp.where(lengths[:, None] > original, long, short), rope.attention_factor or scale
+    if rope.rope_type == "yarn":  # arXiv:2309.00071
+        return _yarn(rope, R, plain)
+    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and original
+    wavelength = 2 * np.pi / plain
+    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)  # 0: long waves, slowed by `factor`; 1: short waves, kept
+    return jnp.asarray(((1 - smooth) * plain / rope.factor + smooth * plain).astype(np.float32)), 1.0
+
+
+def _yarn(rope: RopeParameters, R: int, plain: np.ndarray) -> tuple[jax.Array, float]:
+    original = rope.original_max_position_embeddings
+    assert original is not None
+    factor = rope.factor or (rope.max_position_embeddings or original) / original
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    scale = rope.attention_factor
+    if scale is None:
+        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else magnitude(1.0)
+
+    def dim_of(rotations: float) -> float:  # the dimension that turns `rotations` times over the original length
+        return R * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dim_of(rope.beta_fast or 32), dim_of(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    span = high - low if high != low else 0.001
+    slow = np.clip((np.arange(R // 2, dtype=np.float32) - low) / span, 0, 1)  # 1: interpolated by `factor`, 0: kept
+    return jnp.asarray((plain / factor * slow + plain * (1 - slow)).astype(np.float32)), scale
+
+
+def rope_table(rope: RopeParameters, head_dim: int, positions: jax.Array, lengths: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B,T,1,R] in `dtype` (computed in float32) for positions [B,T] of rows that are `lengths` [B] tokens long."""
+    frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
+    angles = positions.astype(jnp.float32)[..., None] * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
+    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """x [B,T,N,H] with its first R dimensions turned: dimension i pairs with i + R/2."""
+    cos, sin = table
+    R = cos.shape[-1]
+    head, rest = x[..., :R], x[..., R:]
+    a, b = jnp.split(head, 2, -1)
+    turned = head * cos + jnp.concatenate([-b, a], -1) * sin
+    return turned if x.shape[-1] == R else jnp.concatenate([turned, rest], -1)

@@ -1,0 +1,89 @@
+"""Output dataclasses: pytrees with HF's field names, indexed by name or, over the fields that are set, by position."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import struct
+
+
+class ModelOutput:
+    """What every output shares: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`, `out.to_tuple()`; fields that are None do not count."""
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __getitem__(self, item: str | int | slice) -> Any:
+        if isinstance(item, str):
+            if item not in self.keys():
+                raise KeyError(f"{type(self).__name__} has no {item!r}; set are {', '.join(self.keys())}")
+            return getattr(self, item)
+        return self.to_tuple()[item]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+
+@struct.dataclass
+class BaseModelOutput(ModelOutput):
+    """last_hidden_state [B,T,D]; hidden_states: embeddings and each layer, [B,T,D] each; attentions: [B,N,T,S] each."""
+
+    last_hidden_state: jax.Array
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class CausalLMOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B,T,V]."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B, num_labels]."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class TokenClassifierOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B, T, num_labels]."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """loss [] float32 when positions were given; start_logits and end_logits [B, T]."""
+
+    loss: jax.Array | None = None
+    start_logits: Any = None
+    end_logits: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None

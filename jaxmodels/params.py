@@ -1,0 +1,68 @@
+"""Parameter trees: plain nested dicts of arrays whose flattened keys are the checkpoint's keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Tree = dict[str, Any]
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: leaf}."""
+    return flatten_dict(params, sep=".")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    return unflatten_dict(dict(flat), sep=".")
+
+
+def _boxed(model: nn.Module, key: jax.Array) -> Tree:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def param_dtype(model: Any, key: str, dtype: Any) -> Any:
+    """The dtype of one parameter in a tree of `dtype`: float32 where the family declares so."""
+    return jnp.float32 if any(re.fullmatch(pattern, key) for pattern in model.float32_params) else dtype
+
+
+def param_axes(model: Any) -> Tree:
+    """The logical axis names of every parameter, a tuple per leaf, in the tree's structure."""
+    shapes = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    return jax.tree.map(lambda box: tuple(box.names) if is_box(box) else (None,) * box.ndim, shapes, is_leaf=is_box)
+
+
+def abstract_params(model: Any, dtype: Any = jnp.float32) -> Tree:
+    """Shapes and dtypes of every parameter as jax.ShapeDtypeStruct, with shardings when the model has rules. Allocates nothing."""
+    shapes = flatten(nn.unbox(jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))))
+    axes = flatten(param_axes(model))
+
+    def leaf(key: str) -> jax.ShapeDtypeStruct:
+        shape = shapes[key].shape
+        sharding = None if model.rules is None else model.rules.sharding(axes[key], shape, model.axis_units)
+        return jax.ShapeDtypeStruct(shape, param_dtype(model, key, dtype), sharding=sharding)
+
+    return unflatten({key: leaf(key) for key in shapes})
+
+
+def init_params(model: Any, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
+    """Freshly initialised parameters of `dtype`, created in place in their shardings when the model has rules."""
+    abstract = abstract_params(model, dtype)
+    shardings = None if model.rules is None else jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def make(key: jax.Array) -> Tree:
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), nn.unbox(_boxed(model, key)), abstract)
+
+    return jax.jit(make, out_shardings=shardings)(key)
+
+
+def count_params(params: Any) -> int:
+    """How many numbers a tree of arrays or shapes holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
