@@ -1,0 +1,96 @@
+"""Logical axes to mesh axes: models name what an axis is, a `Rules` value says where it lives.
+
+Parameters carry `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `experts`, `layers`; activations `batch`, `seq`, `act_embed`,
+`act_heads`, `act_mlp`, `act_vocab`. Mesh axes are `data`, `fsdp`, `tensor`, `sequence`, `expert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axes = Sequence[str | None]
+Table = tuple[tuple[str, tuple[str, ...]], ...]
+
+_ACTIVATIONS: Table = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("act_heads", ("tensor",)),
+    ("act_mlp", ("tensor",)),
+    ("act_vocab", ("tensor",)),
+)
+_TENSOR: Table = (("heads", ("tensor",)), ("kv_heads", ("tensor",)), ("mlp", ("tensor",)), ("vocab", ("tensor",)))
+_FSDP: Table = (("embed", ("fsdp",)),)
+
+PRESETS: dict[str, Table] = {
+    "replicated": _ACTIVATIONS[:1],
+    "fsdp": _ACTIVATIONS + _FSDP,
+    "tensor": _ACTIVATIONS + _TENSOR,
+    "fsdp+tensor": _ACTIVATIONS + _FSDP + _TENSOR,
+    "expert": (*_ACTIVATIONS, *_FSDP, *_TENSOR, ("experts", ("expert",))),
+    "sequence": (*_ACTIVATIONS, *_FSDP, *_TENSOR, ("seq", ("sequence",))),
+}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh of named sizes over `devices` (default: all), e.g. make_mesh(fsdp=4, tensor=-1); -1 takes what is left."""
+    devices = jax.devices() if devices is None else list(devices)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
+        raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, at most one may be -1")
+    sizes |= dict.fromkeys(free, len(devices) // known)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A mesh and a table from logical axes to mesh axes; mesh axes that the mesh lacks do not count. Hashable, so static under jit."""
+
+    mesh: Mesh
+    table: Table
+
+    @classmethod
+    def preset(cls, name: str, mesh: Mesh) -> Rules:
+        if name not in PRESETS:
+            raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
+        return cls(mesh, PRESETS[name])
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def spec(self, axes: Axes, shape: Sequence[int], units: Mapping[str, int] | None = None) -> PartitionSpec:
+        """Where an array of `shape` with logical `axes` lives. An axis is cut only in whole units (heads) and evenly, else replicated;
+        a mesh axis serves the first array axis that asks for it."""
+        table, used, spec = dict(self.table), set(), []
+        for axis, size in zip(axes, shape, strict=True):
+            wanted = tuple(m for m in table.get(axis or "", ()) if m in self.mesh.shape and m not in used)
+            pieces = math.prod(self.mesh.shape[m] for m in wanted)
+            if not wanted or size // (units or {}).get(axis or "", 1) % pieces or size % pieces:
+                spec.append(None)
+                continue
+            used |= set(wanted)
+            spec.append(wanted if len(wanted) > 1 else wanted[0])
+        return PartitionSpec(*spec)
+
+    def sharding(self, axes: Axes, shape: Sequence[int], units: Mapping[str, int] | None = None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape, units))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+
+def resolve_rules(rules: Rules | str | None, mesh: Mesh | None) -> Rules | None:
+    """What `from_pretrained(mesh=, rules=)` means: a Rules value as it is, a preset's name over the mesh, `fsdp+tensor` by default, None without a mesh."""
+    if isinstance(rules, Rules):
+        if mesh is not None and mesh != rules.mesh:
+            raise ValueError("mesh and rules.mesh differ; give one of them")
+        return rules
+    if mesh is None:
+        if rules is not None:
+            raise ValueError(f"rules={rules!r} needs a mesh: jaxmodels.make_mesh(fsdp=..., tensor=...)")
+        return None
+    return Rules.preset(rules or "fsdp+tensor", mesh)
