@@ -1,0 +1,10 @@
+"""What every test needs before jax is imported: eight virtual CPU devices, no network, no cache in the user's home."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAXMODELS_COMPILATION_CACHE"] = "off"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch beside XLA's threads and a second test process
