@@ -1,9 +1,60 @@
-"""Hugging Face checkpoints in JAX."""
+"""Hugging Face checkpoints in JAX: load, run, generate, train, save.
 
+    import jax, jaxmodels as jm
+    model, params = jm.AutoModelForCausalLM.from_pretrained(path)
+    out = model.apply({"params": params}, input_ids, attention_mask=mask)
+    res = jm.generate(model, params, input_ids, attention_mask=mask, max_new_tokens=64)
+    jm.save_pretrained(other_path, model, params)
+
+Names are imported on first use, so that `import jaxmodels` itself costs nothing."""
+
+from __future__ import annotations
+
+import importlib
 from pathlib import Path
+from typing import Any
 
-# In a checkout `generation/`, `sharding/` and `convert/` stand beside this folder: make them importable from here too,
-# so that `import jaxmodels` from the checkout's root works however the package was installed.
+# In a checkout `generation/`, `sharding/` and `convert/` stand beside this folder: they are found from here too, so that
+# `import jaxmodels` from the checkout's root works however the package was installed.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "generation" / "__init__.py").is_file():
     __path__.append(str(_root))
+
+_PUBLIC = {
+    "auto": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "from_pretrained",
+        "register",
+        "save_pretrained",
+    ),
+    "cache": ("Cache", "init_cache"),
+    "config": ("Config",),
+    "convert": ("CheckpointError",),
+    "family": ("Family",),
+    "generation": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer", "generate"),
+    "ops.attention": ("register_attention",),
+    "ops.precision": ("parity_mode",),
+    "params": ("abstract_params", "count_params", "flatten", "init_params", "param_axes", "unflatten"),
+    "processing": ("AutoTokenizer",),
+    "sharding": ("Rules", "make_mesh"),
+    "training": ("TrainState", "make_train_step"),
+}
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"jaxmodels has no {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"jaxmodels.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

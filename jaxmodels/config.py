@@ -8,6 +8,8 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from flax.core import FrozenDict
+
 from jaxmodels.cache import KVSpec
 from jaxmodels.ops.rope import RopeParameters
 
@@ -29,6 +31,7 @@ class Config:
     num_labels: int = 2
     problem_type: str | None = None
     attn_implementation: str | None = None
+    generation_config: Mapping[str, Any] = FrozenDict()  # the contents of generation_config.json
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -43,8 +46,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the contents of config.json. ValueError names what is missing or of the wrong type."""
-        values = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version")}
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name != "extra"}
+        values = {k: v for k, v in values.items() if k != "model_type"}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         if "attn_implementation" not in values:
             values["attn_implementation"] = values.pop("_attn_implementation", None)
         labels = values.get("id2label")
@@ -80,8 +83,8 @@ class Config:
         return out
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        return cls.from_dict(read_json(Path(path)))
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -115,9 +118,9 @@ def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _freeze(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return tuple(_freeze(v) for v in value)
-    return value
+    return FrozenDict({k: _freeze(v) for k, v in value.items()}) if isinstance(value, Mapping) else value
 
 
 def _check(cls: type, name: str, kind: Any, value: Any) -> None:

@@ -1,0 +1,200 @@
+"""From a checkpoint directory (or a hub id) to (model, params) and back; which family and class a config asks for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.config import Config, read_json
+from jaxmodels.family import Family
+from jaxmodels.model import Model
+from jaxmodels.params import Tree, abstract_params, flatten, init_params, param_dtype, unflatten
+
+FAMILIES: dict[str, str | Family] = {"llama": "jaxmodels.models.llama"}
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
+
+
+def register(family: Family) -> None:
+    """Make a family of your own known to AutoConfig, AutoModel…, from_pretrained and save_pretrained."""
+    FAMILIES[family.model_type] = family
+
+
+def find_family(model_type: str | None, where: str = "the config") -> Family:
+    """The family of a `model_type`; ValueError names `where` it was found, the known ones and the closest."""
+    found = FAMILIES.get(model_type or "")
+    if found is None:
+        close = difflib.get_close_matches(model_type or "", FAMILIES, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"model_type {model_type!r} in {where} is not known{hint} Known are {', '.join(sorted(FAMILIES))}; jaxmodels.register(family) adds one"
+        )
+    return found if isinstance(found, Family) else importlib.import_module(found).FAMILY
+
+
+class AutoConfig:
+    """The family's Config for a checkpoint."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path, **options: Any) -> Config:
+        """Reads config.json (and generation_config.json) of a directory or hub id; options: the hub's, or values that replace config fields."""
+        directory, overrides = _resolve(path, options)
+        return read_config(directory, overrides)
+
+    @staticmethod
+    def for_model(model_type: str, **values: Any) -> Config:
+        """A config of that type with HF's defaults and these values."""
+        return find_family(model_type, "for_model").config.from_dict(values)
+
+
+class _AutoClass:
+    """Chooses the family's class for one task; returns the model, a static value, and its parameters, a tree of arrays."""
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} is not instantiated: use from_pretrained(path) or from_config(config, key=...)")
+
+    @classmethod
+    def class_for(cls, config: Config) -> type[Model]:
+        family = find_family(config.model_type)
+        if cls.__name__ not in family.classes:
+            raise ValueError(f"{config.model_type} has no class for {cls.__name__}; it has {', '.join(family.classes)}")
+        return family.classes[cls.__name__]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> tuple[Model, Tree]:
+        """See jaxmodels.from_pretrained, with this task's class."""
+        return from_pretrained(path, cls, **options)
+
+    @classmethod
+    def from_config(cls, config: Config, *, key: jax.Array, dtype: Any = jnp.float32, **fields: Any) -> tuple[Model, Tree]:
+        """The model of this task and parameters of `dtype` initialised from `key`; fields as of Model (scan_layers, remat, rules, …)."""
+        model = cls.class_for(config)(config, **{"dtype": dtype, **fields})
+        return model, init_params(model, key, dtype)
+
+
+class AutoModel(_AutoClass): ...
+
+
+class AutoModelForCausalLM(_AutoClass): ...
+
+
+class AutoModelForSequenceClassification(_AutoClass): ...
+
+
+class AutoModelForTokenClassification(_AutoClass): ...
+
+
+class AutoModelForQuestionAnswering(_AutoClass): ...
+
+
+def from_pretrained(
+    path: str | Path,
+    task: type[_AutoClass] | type[Model] = AutoModelForCausalLM,
+    *,
+    dtype: Any = "auto",
+    compute_dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Any = None,
+    scan_layers: bool = False,
+    remat: str | None = None,
+    attn_implementation: str | None = None,
+    key: jax.Array | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> tuple[Model, Tree]:
+    """Load a HF checkpoint: (model, params).
+
+    path: a directory, or a hub id with the hub's options (revision, token, cache_dir, subfolder, variant, local_files_only).
+    task: an auto class, or a family's class. dtype: of the parameters and the computation; "auto" keeps every tensor as stored
+    and computes in the dtype that holds most of the bytes. compute_dtype overrides the second. mesh, rules: place every
+    parameter as it is read (a Rules value or a preset's name, `fsdp+tensor` by default). key: for a head that the checkpoint
+    lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
+
+    Raises CheckpointError (a ValueError) for a bad checkpoint, ValueError for a bad config."""
+    from jaxmodels.convert import load_checkpoint, open_checkpoint
+    from jaxmodels.sharding import resolve_rules
+
+    variant = options.get("variant")
+    directory, overrides = _resolve(path, options)
+    config = read_config(directory, overrides)
+    cls = task.class_for(config) if issubclass(task, _AutoClass) else task
+    family = find_family(config.model_type)
+    source = open_checkpoint(directory, variant=variant)
+    auto = dtype == "auto"
+    stored = _main_dtype(source) if auto else jnp.dtype(dtype)
+    model = cls(
+        config,
+        dtype=jnp.dtype(compute_dtype or stored),
+        scan_layers=scan_layers,
+        remat=remat,
+        attn_implementation=attn_implementation,
+        rules=resolve_rules(rules, mesh),
+    )
+    params = load_checkpoint(
+        source,
+        expected=flatten(abstract_params(model, stored)),
+        keep_dtypes=auto,
+        family=family,
+        model=model,
+        init=lambda names: init_params(model, jax.random.key(0) if key is None else key, stored, only=names),
+        progress=progress,
+        where=str(directory),
+    )
+    return model, unflatten(params)
+
+
+def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
+    """The Config of a checkpoint directory, its generation_config.json included; `overrides` replace fields."""
+    values = read_json(directory / "config.json")
+    cls = find_family(values.get("model_type"), str(directory / "config.json")).config
+    unknown = [name for name in overrides if name not in cls.field_names()]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: no option of from_pretrained and no field of {cls.__name__} ({', '.join(cls.field_names())})"
+        )
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        values["generation_config"] = read_json(generation)
+    try:
+        return cls.from_dict(values | overrides)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+
+
+def save_pretrained(
+    path: str | Path, model: Model, params: Mapping[str, Any], *, max_shard_size: int | str = "50GB", progress: bool | None = None
+) -> None:
+    """Write what torch's save_pretrained writes: config.json, generation_config.json, safetensors (shards above `max_shard_size`).
+
+    The directory appears, or is replaced, in one step; other files in it are kept. Byte for byte what was loaded, as long as
+    the parameters are what was loaded."""
+    from jaxmodels.convert import save_checkpoint
+
+    flat = flatten(params)
+    config = model.config.to_dict()
+    dtypes = (
+        [leaf.dtype for leaf in flat.values() for _ in range(leaf.size)]
+        if not flat
+        else [max(flat.values(), key=lambda leaf: leaf.nbytes).dtype]
+    )
+    raise NotImplementedError(save_checkpoint, config, dtypes)
+
+
+def _main_dtype(source: Mapping[str, Any]) -> np.dtype:
+    raise NotImplementedError
+
+
+def _resolve(path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The local directory, and the options that are not the hub's."""
+    from jaxmodels.convert.hub import resolve
+
+    hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    return resolve(path, **hub), {name: value for name, value in options.items() if name not in hub}
