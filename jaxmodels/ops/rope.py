@@ -86,7 +86,7 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array 
     """Radians per token, [R/2] float32 ([B, R/2] for the length-dependent types, from `lengths` [B]), and the factor on cos and sin."""
     R = rope.dim(head_dim)
     exponent = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
-    powers = np.float32(rope.rope_theta) ** exponent
+    powers = (np.float64(np.float32(rope.rope_theta)) ** exponent).astype(np.float32)  # rounded once: numpy's float32 power is 2 ulp off
     plain = np.float32(1) / powers
     original = rope.original_max_position_embeddings
     if rope.rope_type == "default":
@@ -106,15 +106,15 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array 
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         return jnp.where(lengths[:, None] > original, long, short), rope.attention_factor or scale
     if rope.rope_type == "yarn":  # arXiv:2309.00071
-        return _yarn(rope, R, plain)
+        return _yarn(rope, R, powers)
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and original
-    wavelength = 2 * np.pi / plain
-    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    wavelength = np.float32(2 * np.pi) * (1 / plain)  # torch divides a number by a tensor through the reciprocal
+    smooth = (np.float32(original) * (1 / wavelength) - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = np.clip(smooth, 0, 1)  # 0: long waves, slowed by `factor`; 1: short waves, kept
     return jnp.asarray(((1 - smooth) * plain / rope.factor + smooth * plain).astype(np.float32)), 1.0
 
 
-def _yarn(rope: RopeParameters, R: int, plain: np.ndarray) -> tuple[jax.Array, float]:
+def _yarn(rope: RopeParameters, R: int, powers: np.ndarray) -> tuple[jax.Array, float]:
     original = rope.original_max_position_embeddings
     assert original is not None
     factor = rope.factor or (rope.max_position_embeddings or original) / original
@@ -134,8 +134,8 @@ def _yarn(rope: RopeParameters, R: int, plain: np.ndarray) -> tuple[jax.Array, f
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
     span = high - low if high != low else 0.001
-    slow = np.clip((np.arange(R // 2, dtype=np.float32) - low) / span, 0, 1)  # 1: interpolated by `factor`, 0: kept
-    return jnp.asarray((plain / factor * slow + plain * (1 - slow)).astype(np.float32)), scale
+    kept = 1 - np.clip((np.arange(R // 2, dtype=np.float32) - low) / span, 0, 1)  # 0: slowed by `factor`
+    return jnp.asarray((1 / (factor * powers) * (1 - kept) + 1 / powers * kept).astype(np.float32)), scale
 
 
 def rope_table(rope: RopeParameters, head_dim: int, positions: jax.Array, lengths: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
