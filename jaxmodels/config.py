@@ -68,14 +68,12 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, in the spellings of transformers 4 and 5 where they differ."""
-        mine = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels", "attn_implementation")
-        }
-        out = {**self.extra, "model_type": self.model_type, **{k: list(v) if isinstance(v, tuple) else v for k, v in mine.items()}}
+        apart = ("extra", "num_labels", "attn_implementation", "generation_config", "rope_parameters")
+        out = {**self.extra, "model_type": self.model_type, **{n: thaw(getattr(self, n)) for n in self.field_names() if n not in apart}}
         if self.num_labels != len(self.extra.get("id2label") or (0, 1)):
             out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
-        rope = mine.get("rope_parameters")
+        rope = getattr(self, "rope_parameters", None)
         if isinstance(rope, RopeParameters):
             new = rope.to_dict()
             old = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
@@ -115,6 +113,13 @@ def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
             scaling = {**scaling, "original_max_position_embeddings": values["original_max_position_embeddings"]} if scaling else scaling
         values["rope_parameters"] = RopeParameters.from_dict(scaling or found or {}, **defaults)
     return values
+
+
+def thaw(value: Any) -> Any:
+    """The lists and dicts of JSON for the tuples and frozen dicts of a config."""
+    if isinstance(value, tuple):
+        return [thaw(v) for v in value]
+    return {k: thaw(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _freeze(value: Any) -> Any:
