@@ -16,7 +16,7 @@ from jax import lax
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Weights]]
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Weights]]
 
 
 def causal_mask(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
@@ -25,19 +25,25 @@ def causal_mask(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
     return (keys >= 0) & (keys <= q_positions[:, None, :, None])
 
 
-def eager(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> tuple[jax.Array, Weights]:
+def eager(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, k_positions: jax.Array, scale: float
+) -> tuple[jax.Array, Weights]:
     """Written out, as torch's eager attention rounds: also returns the weights [B,N,T,S]."""
     B, T, N, H = q.shape
     K = k.shape[2]
     logits = einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k) * scale
+    mask = causal_mask(q_positions, k_positions)
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, -1).astype(q.dtype)
     out = einsum("bkgts,bskh->btkgh", weights, v).astype(q.dtype)
     return out.reshape(B, T, N, -1), weights.reshape(B, N, T, -1)
 
 
-def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> tuple[jax.Array, Weights]:
+def xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, k_positions: jax.Array, scale: float
+) -> tuple[jax.Array, Weights]:
     """jax.nn.dot_product_attention, compiled by XLA."""
+    mask = causal_mask(q_positions, k_positions)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="xla")
@@ -54,7 +60,7 @@ HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
 
 
 def register_attention(name: str, function: Attention) -> None:
-    """Make `function(q [B,T,N,H], k [B,S,K,H], v, mask [B,1,T,S], scale) -> (out [B,T,N,H], weights or None)` available by name."""
+    """Make `function(q [B,T,N,H], k [B,S,K,H], v, q_positions [B,T], k_positions [B,S], scale) -> (out [B,T,N,H], weights or None)` available by name."""
     IMPLEMENTATIONS[name] = function
 
 
@@ -79,5 +85,5 @@ def attention(
     """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5.
 
     Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
-    mask = causal_mask(q_positions, k_positions)
-    return IMPLEMENTATIONS[implementation](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](q, k, v, q_positions, k_positions, scale)
