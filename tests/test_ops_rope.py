@@ -10,7 +10,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
+from jaxmodels.ops import rope as rope_ops
+from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rotate
+
+
+def rope_table(rope, head_dim, positions, lengths, dtype):
+    return rope_ops.rope_table(*inverse_frequencies(rope, head_dim, lengths), positions, dtype)
 
 
 def factors(head_dim, low, step):

@@ -1,0 +1,152 @@
+"""Attention: every implementation against float64, in both dtypes, over layouts and odd shapes, and the masks by position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmodels.cache import KV
+from jaxmodels.layers import Step
+from jaxmodels.ops.attention import IMPLEMENTATIONS, attention, causal_mask, register_attention, resolve_attention
+
+# B, T, S, N, K, H: one row, one token, one head, groups, multiple queries per single kv head, odd sizes
+SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 7), (2, 5, 5, 4, 4, 10), (3, 1, 33, 6, 2, 16), (2, 13, 29, 9, 3, 5), (1, 17, 17, 8, 1, 64)]
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def inputs(B, T, S, N, K, H, dtype, seed=0):
+    """q, k, v and ragged positions: row b misses its first b keys and its newest T tokens are the queries."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H)))
+    k_positions = np.stack([np.maximum(np.arange(S) - min(b, S - 1), -1) for b in range(B)]).astype(np.int32)
+    return q, k, v, jnp.asarray(k_positions[:, S - T :]), jnp.asarray(k_positions)
+
+
+def reference(q, k, v, q_positions, k_positions, scale=None):
+    """In numpy float64, one query and one head at a time. Queries that see nothing stay zero."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q_positions, k_positions = np.asarray(q_positions), np.asarray(k_positions)
+    (B, T, N, H), K = q.shape, k.shape[2]
+    out = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        seen = (k_positions[b] >= 0) & (k_positions[b] <= q_positions[b, t])
+        if seen.any():
+            scores = k[b, seen, n // (N // K)] @ q[b, t, n] * (H**-0.5 if scale is None else scale)
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = weights / weights.sum() @ v[b, seen, n // (N // K)]
+    return out
+
+
+def check(got, expected, q_positions, dtype):
+    real = np.asarray(q_positions) >= 0
+    assert got.dtype == dtype and got.shape == expected.shape
+    atol = 1e-5 if dtype == jnp.float32 else 2**-6  # bfloat16: weights and output rounded, values up to about 3
+    np.testing.assert_allclose(np.asarray(got, np.float64)[real], expected[real], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["eager", "xla"])
+def test_against_float64(name, shape, dtype):
+    q, k, v, qp, kp = inputs(*shape, dtype)
+    got, weights = jax.jit(attention, static_argnames="implementation")(q, k, v, qp, kp, implementation=name)
+    check(got, reference(q, k, v, qp, kp), qp, dtype)
+    assert (weights is None) == (name != "eager")
+    if weights is not None:
+        assert weights.shape == (shape[0], shape[3], shape[1], shape[2])
+        np.testing.assert_allclose(np.asarray(weights, np.float32).sum(-1), 1, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("name", ["eager", "xla"])
+def test_from_a_cache_of_either_layout(name, heads_first, dtype):
+    """Written in two chunks into slots of a longer cache, under jit, as a layer does it."""
+    for B, T, S, N, K, H in SHAPES[1::2]:
+        q, k, v, qp, kp = inputs(B, T, S, N, K, H, dtype)
+        slots = S + 3
+        shape = (B, K, slots, H) if heads_first else (B, slots, K, H)
+        empty = KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_first)
+
+        @jax.jit
+        def run(state, q, k, v, qp, kp, S=S, T=T):
+            positions = jnp.pad(kp, ((0, 0), (0, 3)), constant_values=-1)
+            first, second = (Step(qp, positions, index=jnp.int32(index)) for index in (0, S - T))
+            state, *_ = state.update(k[:, : S - T], v[:, : S - T], first)
+            state, keys, values, positions = state.update(k[:, S - T :], v[:, S - T :], second)
+            return attention(q, keys, values, qp, positions, implementation=name)[0], state
+
+        got, state = run(empty, q, k, v, qp, kp)
+        check(got, reference(q, k, v, qp, kp), qp, dtype)
+        assert state.k.shape == shape and state.heads_first == heads_first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["eager", "xla"])
+def test_under_transformations(name, dtype):
+    """grad, vmap and scan, compiled; the gradients agree with float32 eager's."""
+    q, k, v, qp, kp = inputs(2, 5, 11, 6, 2, 10, dtype)
+    run = lambda q, k, v: attention(q, k, v, qp, kp, implementation=name)[0]
+    expected = reference(q, k, v, qp, kp)
+    twice = lambda x: jnp.stack([x, x])
+    for got in jax.jit(jax.vmap(run))(twice(q), twice(k), twice(v)):
+        check(got, expected, qp, dtype)
+    for got in jax.jit(lambda *x: jax.lax.scan(lambda _, x: (None, run(*x)), None, x)[1])(twice(q), twice(k), twice(v)):
+        check(got, expected, qp, dtype)
+
+    real = (qp >= 0)[..., None, None]
+    loss = lambda f: lambda q, k, v: jnp.sum(jnp.where(real, f(q, k, v), 0).astype(jnp.float32) ** 2)
+    gradients = jax.jit(jax.grad(loss(run), (0, 1, 2)))(q, k, v)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    expected = jax.jit(jax.grad(loss(lambda q, k, v: attention(q, k, v, qp, kp, implementation="eager")[0]), (0, 1, 2)))(*wide)
+    for mine, theirs in zip(gradients, expected):
+        assert mine.dtype == dtype
+        atol = 1e-4 if dtype == jnp.float32 else 0.03 * float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(np.asarray(mine, np.float32), theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["eager", "xla"])
+def test_scale(name):
+    q, k, v, qp, kp = inputs(2, 3, 7, 4, 2, 6, jnp.float32)
+    got, _ = attention(q, k, v, qp, kp, scale=0.9, implementation=name)
+    check(got, reference(q, k, v, qp, kp, scale=0.9), qp, jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["eager", "xla"])
+def test_a_padding_query_is_finite(name):
+    """It sees nothing; what it gives is thrown away, but nan would spread through gradients."""
+    q, k, v, _, kp = inputs(1, 3, 3, 2, 1, 4, jnp.float32)
+    run = lambda q, k, v: attention(q, k, v, jnp.asarray([[-1, 0, 1]]), jnp.asarray([[-1, 0, 1]]), implementation=name)[0]
+    assert np.isfinite(jax.jit(run)(q, k, v)).all()
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(run(*x)[:, 1:] ** 2), (0, 1, 2)))(q, k, v)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert not np.asarray(gradients[1])[:, 0].any() and not np.asarray(gradients[2])[:, 0].any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_causal_mask_by_positions(data):
+    """Against the definition, for any order of the slots, empty slots and padding."""
+    B, T, S = (data.draw(st.integers(1, n)) for n in (3, 5, 7))
+    rows = lambda n: np.array(data.draw(st.lists(st.lists(st.integers(-1, 6), min_size=n, max_size=n), min_size=B, max_size=B)), np.int32)
+    q, k = rows(T), rows(S)
+    got = np.asarray(causal_mask(q, k))
+    assert got.shape == (B, 1, T, S)
+    for b, t, s in np.ndindex(B, T, S):
+        assert got[b, 0, t, s] == (k[b, s] != -1 and k[b, s] <= q[b, t])
+
+
+def test_names():
+    assert resolve_attention(None) == "xla" and resolve_attention("sdpa") == "xla" and resolve_attention("eager") == "eager"
+    with pytest.raises(ValueError, match="'flash_attention_9' is not registered; possible are eager, .*xla"):
+        resolve_attention("flash_attention_9")
+
+
+def test_register(monkeypatch):
+    monkeypatch.setattr("jaxmodels.ops.attention.IMPLEMENTATIONS", dict(IMPLEMENTATIONS))
+    register_attention("mean", lambda q, k, v, q_positions, k_positions, scale: (jnp.broadcast_to(v.mean(1, keepdims=True), q.shape), None))
+    q, k, v, qp, kp = inputs(1, 2, 4, 2, 2, 3, jnp.float32)
+    got, _ = attention(q, k, v, qp, kp, implementation=resolve_attention("mean"))
+    np.testing.assert_allclose(got[0, 0], v[0].mean(0), atol=1e-6)
