@@ -117,7 +117,7 @@ def test_scale(name):
 @pytest.mark.parametrize("name", ["eager", "xla"])
 def test_a_padding_query_is_finite(name):
     """It sees nothing; what it gives is thrown away, but nan would spread through gradients."""
-    q, k, v, _, kp = inputs(1, 3, 3, 2, 1, 4, jnp.float32)
+    q, k, v, *_ = inputs(1, 3, 3, 2, 1, 4, jnp.float32)
     run = lambda q, k, v: attention(q, k, v, jnp.asarray([[-1, 0, 1]]), jnp.asarray([[-1, 0, 1]]), implementation=name)[0]
     assert np.isfinite(jax.jit(run)(q, k, v)).all()
     gradients = jax.jit(jax.grad(lambda *x: jnp.sum(run(*x)[:, 1:] ** 2), (0, 1, 2)))(q, k, v)
@@ -140,7 +140,7 @@ def test_causal_mask_by_positions(data):
 
 def test_names():
     assert resolve_attention(None) == "xla" and resolve_attention("sdpa") == "xla" and resolve_attention("eager") == "eager"
-    with pytest.raises(ValueError, match="'flash_attention_9' is not registered; possible are eager, .*xla"):
+    with pytest.raises(ValueError, match=r"'flash_attention_9' is not registered; possible are eager, .*xla"):
         resolve_attention("flash_attention_9")
 
 

@@ -82,11 +82,11 @@ def test_linear_with_parameters_of_another_dtype():
 @pytest.mark.parametrize("swapped", [False, True])
 def test_batched_products_of_every_layout(dtype, swapped):
     """The two products of attention, with keys and values stored either way: some are not implemented in XLA:CPU for bfloat16."""
+    turn = lambda x: jnp.swapaxes(x, 1, 2) if swapped else x
     for B, T, S, K, G, H in ((1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 5), (2, 1, 17, 2, 4, 16), (3, 5, 8, 1, 6, 7)):
         q, tq = draw((B, T, K, G, H), dtype)
         k, tk = draw((B, K, S, H) if swapped else (B, S, K, H), dtype, 1)
         wide = lambda t: t.to(torch.float32)
-        turn = lambda x: jnp.swapaxes(x, 1, 2) if swapped else x
         tk = wide(tk).swapaxes(1, 2) if swapped else wide(tk)
         scores = jax.jit(lambda q, k: einsum("btkgh,bskh->bkgts", q, turn(k)))(q, k)
         assert scores.dtype == jnp.float32
