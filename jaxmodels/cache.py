@@ -25,23 +25,26 @@ class KV:
     v: jax.Array
     heads_first: bool = struct.field(pytree_node=False, default=False)
 
-    def update(self, k: jax.Array, v: jax.Array, index: jax.Array, layer: jax.Array | None) -> tuple[KV, jax.Array, jax.Array]:
-        """Write k, v [B,T,K,H] at slots index..index+T-1 (of stacked layer `layer`); also returns all keys and values, [B,S,K,H]."""
+    def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
+        """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
         axis = 2 if self.heads_first else 1
         swap = lambda x: jnp.swapaxes(x, 1, 2) if self.heads_first else x
 
         def put(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
             new = swap(new).astype(old.dtype)
-            if layer is None:
-                whole = lax.dynamic_update_slice_in_dim(old, new, index, axis)
+            if step.layer is None:
+                whole = lax.dynamic_update_slice_in_dim(old, new, step.index, axis)
                 return whole, whole
-            start = [layer, 0, 0, 0, 0]
-            start[axis + 1] = index
+            start = [step.layer, 0, 0, 0, 0]
+            start[axis + 1] = step.index
             whole = lax.dynamic_update_slice(old, new[None], start)
-            return whole, lax.dynamic_index_in_dim(whole, layer, 0, keepdims=False)
+            return whole, lax.dynamic_index_in_dim(whole, step.layer, 0, keepdims=False)
 
-        (keys, k), (values, v) = put(self.k, k), put(self.v, v)
-        return self.replace(k=keys, v=values), swap(k), swap(v)
+        (keys, all_k), (values, all_v) = put(self.k, k), put(self.v, v)
+        state = self.replace(k=keys, v=values)
+        if step.fresh:
+            return state, k, v, step.key_positions
+        return state, swap(all_k), swap(all_v), step.key_positions
 
     def resize(self, slots: int) -> KV:
         """The same tokens in `slots` slots; dropped are the last ones."""
@@ -56,11 +59,13 @@ class KV:
 
 @struct.dataclass
 class Cache:
-    """`layers`: the states; `positions` [B,S] int32, -1 where a slot holds no token; `index` [] int32, the next slot to write."""
+    """`layers`: the states; `positions` [B,S] int32, -1 where a slot holds no token; `index` [] int32, the next slot to write;
+    `fresh`: nothing was written yet, so a first chunk need not look at the slots."""
 
     layers: tuple[Any, ...]
     positions: jax.Array
     index: jax.Array
+    fresh: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def slots(self) -> int:
@@ -74,7 +79,7 @@ class Cache:
     def advance(self, positions: jax.Array) -> Cache:
         """Note the new tokens at `positions` [B,T] in the next slots; the states are updated by their layers."""
         new = lax.dynamic_update_slice_in_dim(self.positions, positions, self.index, 1)
-        return self.replace(positions=new, index=self.index + positions.shape[1])
+        return self.replace(positions=new, index=self.index + positions.shape[1], fresh=False)
 
     def resize(self, slots: int) -> Cache:
         """Room for `slots` slots in all; a smaller number drops the last slots."""
@@ -135,7 +140,7 @@ def init_cache(model: Any, batch: int, slots: int, dtype: Any = None) -> Cache:
             layers = None if repeats == 1 else repeats
             spec: LayerSpec = model.config.layer_spec(kind)
             states.append(spec.init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
-    return Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
+    return Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
 
 
 def _resize(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache, segments
 from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.norm import rms_norm
-from jaxmodels.ops.rope import RopeParameters, rope_table, rotate
+from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -82,76 +82,72 @@ class Embedding(nn.Module):
 
 @struct.dataclass
 class Rope:
-    """Tables (cos, sin) [B,T,1,R] for the new tokens and, where keys are cached unrotated, [B,S,1,R] for all keys."""
+    """cos and sin [B,T,1,R] for the new tokens. Where a row's frequencies [B,R/2] change with its length, they are kept here:
+    keys are then cached unrotated and turned when they are read."""
 
     new: tuple[jax.Array, jax.Array]
-    keys: tuple[jax.Array, jax.Array] | None = None
+    frequencies: jax.Array | None = None
+    scale: float = struct.field(pytree_node=False, default=1.0)
 
 
 @struct.dataclass
 class Step:
-    """What one forward pass hands to every layer. `layer` is the place in stacked states, None when a state is one layer's."""
+    """What one forward pass hands to every layer."""
 
     positions: jax.Array  # [B,T], -1 for padding
-    key_positions: jax.Array  # [B,S] with the new tokens; S = T without a cache
+    key_positions: jax.Array  # [B,S] with the new tokens; S = T without a cache or into a fresh one
     index: jax.Array | None = None  # the cache slot of the first new token
     rope: Any = None  # Rope, or what else the family's layers look up by position
-    layer: jax.Array | None = None
+    layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
+    fresh: bool = struct.field(pytree_node=False, default=False)  # the cache held nothing: new keys are all keys
     rules: Any = struct.field(pytree_node=False, default=None)
     attention: str = struct.field(pytree_node=False, default="xla")
+    output_hidden_states: bool = struct.field(pytree_node=False, default=False)
+    output_attentions: bool = struct.field(pytree_node=False, default=False)
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x if self.rules is None else self.rules.constrain(x, axes)
 
     def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any) -> Rope:
-        """Tables for this step; `position_ids` [B,T] override the positions that masks use."""
+        """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare."""
         turned = self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape)
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
-        new = rope_table(rope, head_dim, turned, lengths, dtype)
-        if self.index is None or not rope.length_dependent:
-            return Rope(new)
-        return Rope(new, rope_table(rope, head_dim, self.key_positions, lengths, dtype))
+        frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
+        late = rope.length_dependent and self.index is not None
+        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies if late else None, scale)
 
 
-def begin(
-    shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache | None, rules: Any, attention: str
-) -> tuple[Step, Cache | None]:
+def begin(shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache | None, **static: Any) -> tuple[Step, Cache | None]:
     """The step for [B,T] new tokens and the cache with their positions noted (its states not yet written)."""
     B, T = shape
-    if attention_mask is None:
-        real = jnp.ones((B, T), bool)
-    else:
-        if (
-            attention_mask.ndim != 2
-            or attention_mask.shape[0] != B
-            or attention_mask.shape[1] < T
-            or (cache is None and attention_mask.shape[1] != T)
-        ):
-            raise ValueError(
-                f"attention_mask has shape {attention_mask.shape}; expected [B,T] = [{B},{T}], 1 for real tokens and 0 for padding"
-            )
+    real = jnp.ones((B, T), bool)
+    if attention_mask is not None:
+        columns = attention_mask.shape[-1]
+        if attention_mask.shape != (B, columns) or columns < T or (cache is None and columns > T):
+            raise ValueError(f"attention_mask has shape {attention_mask.shape}; expected {(B, T)}, 1 for real tokens and 0 for padding")
         real = attention_mask[:, -T:].astype(bool)  # HF's loops pass the whole history's mask; the cache knows the rest
     seen = 0 if cache is None else cache.lengths[:, None]
     positions = jnp.where(real, seen + jnp.cumsum(real, 1, dtype=jnp.int32) - 1, -1)
     if cache is None:
-        return Step(positions, positions, rules=rules, attention=attention), None
-    index, cache = cache.index, cache.advance(positions)
-    return Step(positions, cache.positions, index, rules=rules, attention=attention), cache
+        return Step(positions, positions, **static), None
+    after = cache.advance(positions)
+    keys = positions if cache.fresh else after.positions
+    return Step(positions, keys, cache.index, fresh=cache.fresh, **static), after
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None, scale: float | None = None) -> tuple:
     """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None."""
-    k_positions = step.key_positions
+    late = rope is not None and rope.frequencies is not None
     if rope is not None:
         q = rotate(q, rope.new)
-        if rope.keys is None:
-            k = rotate(k, rope.new)
+        k = k if late else rotate(k, rope.new)
+    k_positions = step.key_positions
     if state is not None:
-        state, k, v = state.update(k, v, step.index, step.layer)
-    if rope is not None and rope.keys is not None:
-        k = rotate(k, rope.keys)
+        state, k, v, k_positions = state.update(k, v, step)
+    if late:
+        k = rotate(k, rope_table(rope.frequencies, rope.scale, k_positions, k.dtype))  # type: ignore[union-attr,arg-type]
     out, weights = attention(q, k, v, step.positions, k_positions, scale=scale, implementation=step.attention)
-    return out.reshape(*out.shape[:2], -1), state, weights
+    return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
 
 
 def remat_policy(name: str) -> Any:
@@ -178,7 +174,7 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, states: tuple | None, step: Step) -> tuple[jax.Array, tuple | None, list, list]:
-        """Returns x after the last layer, the states, the input of every layer and the attention weights of every layer."""
+        """Returns x after the last layer, the states, every layer's input and every layer's attention weights (None where not asked for)."""
         kinds = self.config.layer_kinds
         plan = segments(kinds) if self.scan else [(i, 1, 1) for i in range(len(kinds))]
         inputs, weights, left, done = [], [], list(states or ()), []
@@ -192,7 +188,7 @@ class Layers(nn.Module):
                 mine = (state,)
             else:
                 x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats)
-                inputs += [ins[j][i] for i in range(repeats) for j in range(period)]
+                inputs += [None if ins[j] is None else ins[j][i] for i in range(repeats) for j in range(period)]
                 weights += [None if ws[j] is None else ws[j][i] for i in range(repeats) for j in range(period)]
             done += mine or ()
         return x, None if states is None else tuple(done), inputs, weights
@@ -214,7 +210,7 @@ class Layers(nn.Module):
             (x, states), (layer, params) = carry, xs
             ins, ws, new = [], [], []
             for j, block in enumerate(blocks):
-                ins.append(x)
+                ins.append(x if step.output_hidden_states else None)
                 state = None if states is None else states[j]
                 x, state, w = block.apply({"params": params[j]}, x, state, step.replace(layer=layer))
                 ws.append(w)

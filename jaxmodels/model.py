@@ -58,6 +58,7 @@ class Model(nn.Module):
         attention_mask: jax.Array | None,
         inputs_embeds: jax.Array | None,
         cache: Cache | None,
+        output_hidden_states: bool,
         output_attentions: bool,
     ) -> tuple[Step, Cache | None]:
         """Check the inputs and place the new tokens."""
@@ -72,7 +73,8 @@ class Model(nn.Module):
             attention = "eager"
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
-        return begin(shape, attention_mask, cache, self.rules, attention)  # type: ignore[arg-type]
+        static = dict(rules=self.rules, attention=attention, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        return begin(shape, attention_mask, cache, **static)
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> None:

@@ -116,7 +116,7 @@ class LlamaModel(Model):
         output_attentions: bool = False,
     ) -> BaseModelOutput:
         c = self.config
-        step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_attentions)
+        step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         step = step.replace(rope=step.make_rope(c.rope_parameters, c.head_dim, position_ids, self.dtype))
         x = self.embed_tokens(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)

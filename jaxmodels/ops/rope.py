@@ -138,9 +138,8 @@ def _yarn(rope: RopeParameters, R: int, powers: np.ndarray) -> tuple[jax.Array, 
     return jnp.asarray((1 / (factor * powers) * (1 - kept) + 1 / powers * kept).astype(np.float32)), scale
 
 
-def rope_table(rope: RopeParameters, head_dim: int, positions: jax.Array, lengths: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B,T,1,R] in `dtype` (computed in float32) for positions [B,T] of rows that are `lengths` [B] tokens long."""
-    frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
+def rope_table(frequencies: jax.Array, scale: float, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B,T,1,R] in `dtype` (computed in float32) of positions [B,T], for the frequencies and scale of inverse_frequencies."""
     angles = positions.astype(jnp.float32)[..., None] * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
