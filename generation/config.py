@@ -1,0 +1,265 @@
+"""`GenerationConfig`: HF's generation options, read from and written to generation_config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from jaxmodels.config import read_json
+
+FILE_NAME = "generation_config.json"
+
+# Options of HF's that `generate` does not follow yet, and the values at which they do nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "use_mtp": (None, False),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "speculation_type": (None,),
+    "guidance_scale": (None, 1.0),
+    "sequence_bias": (None,),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "remove_invalid_values": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "suppress_tokens": (None, ()),
+    "begin_suppress_tokens": (None, ()),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "renormalize_logits": (None, False),
+    "watermarking_config": (None,),
+    "token_healing": (None, False),
+    "max_time": (None,),
+    "stop_strings": (None,),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic", "static", "hybrid"),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
+# value -> what it must be, where the option is set
+CHECKS: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "max_length": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "min_new_tokens": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
+    "min_length": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
+    "do_sample": (lambda x: isinstance(x, bool), "True or False"),
+    "temperature": (lambda x: _real(x) and x > 0, "a number above 0 (for greedy decoding set do_sample=False)"),
+    "top_k": (lambda x: _whole(x) and x >= 0, "an integer, 0 for no limit"),
+    "top_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "min_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda x: _real(x) and x > 0, "a number above 0"),
+    "num_return_sequences": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "output_scores": (lambda x: isinstance(x, bool), "True or False"),
+    "output_logits": (lambda x: isinstance(x, bool), "True or False"),
+    "pad_token_id": (lambda x: _whole(x), "an integer"),
+    "bos_token_id": (lambda x: _whole(x), "an integer"),
+    "eos_token_id": (lambda x: _whole(x) or (isinstance(x, tuple) and x and all(map(_whole, x))), "an integer or a list of integers"),
+    "early_stopping": (lambda x: isinstance(x, bool) or x == "never", "True, False or 'never'"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Options of `generate` with HF's names. None is unset: the model's own value or HF's default counts then.
+
+    Defaults: 20 new tokens, do_sample False, temperature 1, top_k 50, top_p 1, repetition_penalty 1, num_return_sequences 1;
+    pad, bos and eos ids from the model's config, pad else the first eos. Options that are HF's and not yet followed are kept and
+    saved, and are an error of `generate` when they are active. `extra` holds unknown keys of a file; saved again, not compared."""
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    early_stopping: bool | str | None = None
+    max_time: float | None = None
+    stop_strings: Any = None
+    do_sample: bool | None = None
+    num_beams: int | None = None
+    use_mtp: bool | None = None
+    use_cache: bool | None = None
+    cache_implementation: str | None = None
+    cache_config: Any = None
+    max_cache_len: int | None = None
+    temperature: Any = None
+    top_k: Any = None
+    top_p: Any = None
+    min_p: Any = None
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    repetition_penalty: Any = None
+    encoder_repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: Any = None
+    renormalize_logits: bool | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: Any = None
+    remove_invalid_values: bool | None = None
+    exponential_decay_length_penalty: Any = None
+    suppress_tokens: Any = None
+    begin_suppress_tokens: Any = None
+    sequence_bias: Any = None
+    token_healing: bool | None = None
+    guidance_scale: float | None = None
+    watermarking_config: Any = None
+    num_return_sequences: int | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    return_dict_in_generate: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    decoder_start_token_id: Any = None
+    is_assistant: bool | None = None
+    num_assistant_tokens: int | None = None
+    num_assistant_tokens_schedule: str | None = None
+    assistant_confidence_threshold: float | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    assistant_early_exit: int | None = None
+    assistant_lookbehind: int | None = None
+    target_lookbehind: int | None = None
+    assistant_ensemble_weight: float | None = None
+    speculation_type: str | None = None
+    compile_config: Any = None
+    disable_compile: bool | None = None
+    penalty_alpha: float | None = None
+    dola_layers: Any = None
+    diversity_penalty: float | None = None
+    num_beam_groups: int | None = None
+    constraints: Any = None
+    force_words_ids: Any = None
+    prefill_chunk_size: int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            object.__setattr__(self, name, _freeze(getattr(self, name)))
+        for name, (check, wanted) in CHECKS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, jax.core.Tracer) and not check(value):
+                raise ValueError(f"{name} is {value!r}; expected {wanted}")
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig({', '.join(f'{k}={v!r}' for k, v in self._set().items())})"
+
+    def _set(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """From the contents of generation_config.json; unknown keys go to `extra`."""
+        values = {**values, **overrides}
+        known = {k: v for k, v in values.items() if k in FIELDS}
+        return cls(**known, extra={k: v for k, v in values.items() if k not in FIELDS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of generation_config.json: what is set, and the unknown keys."""
+        return {**self.extra, **{k: _thaw(v) for k, v in self._set().items()}}
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> Self:
+        """What a model's config says about generation: its special tokens."""
+        return cls(**{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike, config_file_name: str = FILE_NAME, *, subfolder: str = "", **kwargs: Any
+    ) -> Self:
+        """From a checkpoint directory or a hub id. `kwargs`: options that override the file's, and `revision`, `token`, `cache_dir`,
+        `local_files_only` for the hub. ValueError names a missing or unreadable file."""
+        overrides = {k: kwargs.pop(k) for k in list(kwargs) if k in FIELDS}
+        folder = Path(pretrained_model_name)
+        if not folder.is_dir():
+            from jaxmodels.convert.hub import resolve
+
+            folder = Path(resolve(str(pretrained_model_name), **kwargs))
+        path = folder / subfolder / config_file_name
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no .json file"
+            raise ValueError(f"{path} does not exist; the directory holds {there}. generate takes the options directly, too")
+        return cls.from_dict(read_json(path), **overrides)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, config_file_name: str = FILE_NAME) -> Path:
+        """Write the options that are set, as HF writes them; returns the file's path."""
+        folder = Path(save_directory)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / config_file_name
+        whole = path.with_name(f".{path.name}.{os.getpid()}")
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
+        return path
+
+    def replace(self, **changes: Any) -> Self:
+        """With other values; TypeError names an unknown option and the closest known one."""
+        for name in changes:
+            if name not in FIELDS:
+                close = difflib.get_close_matches(name, FIELDS, 1)
+                raise TypeError(f"{name!r} is no option of generate{f'; did you mean {close[0]!r}?' if close else ''}")
+        return dataclasses.replace(self, **changes)
+
+    def filled(self, model_config: Any) -> Self:
+        """With the model's special tokens and HF's defaults in place of what is unset, lengths aside. ValueError names options that
+        are active and not supported."""
+        own = GenerationConfig.from_model_config(model_config)
+        defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
+        full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})
+        active = [f"{k}={v!r}" for k, off in UNSUPPORTED.items() if (v := getattr(full, k)) not in off]
+        if active:
+            raise ValueError(
+                f"{', '.join(active)}: not supported yet. Supported are greedy decoding and sampling with do_sample, temperature, top_k, "
+                "top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and num_return_sequences"
+            )
+        if full.num_return_sequences > 1 and not full.do_sample:  # type: ignore[operator]
+            raise ValueError(f"num_return_sequences={full.num_return_sequences} returns equal rows in greedy decoding; set do_sample=True")
+        return full
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _freeze(value: Any) -> Any:
+    """Hashable: numpy and jax scalars as Python's, lists as tuples."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value: Any) -> Any:
+    return [_thaw(v) for v in value] if isinstance(value, tuple) else value

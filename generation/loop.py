@@ -1,0 +1,279 @@
+"""`generate`: one prefill and one `lax.while_loop`, two programs for each (model, options' structure, batch, buckets).
+
+Prompts are left-padded into a bucket; positions, not columns, decide what a token sees, so a bucket changes no number. Lengths and
+the options' values are traced. A chunk of the loop is the same program with a smaller limit: streaming compiles nothing of its own.
+
+Axis letters: B rows, R sequences per row, T prompt tokens, P the prompt's bucket, S cache slots, W = S + 1 columns, N new tokens,
+V vocabulary."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from jaxmodels.cache import Cache, init_cache
+from jaxmodels.generation.compilation_cache import enable_compilation_cache
+from jaxmodels.generation.config import GenerationConfig
+from jaxmodels.generation.processors import Sequences, build_processors
+from jaxmodels.generation.sampling import Forward, Sampling, State, Strategy
+from jaxmodels.model import check_ids
+from jaxmodels.outputs import ModelOutput
+
+DEFAULT_NEW_TOKENS = 20
+SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
+
+
+@partial(struct.dataclass, kw_only=True)
+class TurnCache(Cache):
+    """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
+    `generate` with this cache does so first, a loop of one's own must."""
+
+    token: jax.Array
+    unread: jax.Array
+
+    def take(self, rows: jax.Array) -> TurnCache:
+        taken = self.plain().take(rows)
+        return _turn(taken, self.token[rows], self.unread[rows])
+
+    def plain(self) -> Cache:
+        return Cache(self.layers, self.positions, self.index)
+
+
+def _turn(cache: Cache, token: jax.Array, unread: jax.Array) -> TurnCache:
+    return TurnCache(cache.layers, cache.positions, cache.index, token=token, unread=unread)
+
+
+@struct.dataclass
+class GenerateOutput(ModelOutput):
+    """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
+    [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
+    next turn. `lengths` [B*R] int32: new tokens of each row, its end-of-sequence token included."""
+
+    sequences: Any
+    scores: Any = None
+    logits: Any = None
+    cache: TurnCache | None = None
+    lengths: Any = None
+
+    @property
+    def past_key_values(self) -> TurnCache | None:
+        return self.cache
+
+
+@struct.dataclass
+class Report:
+    """What the host wants to know after a program; no part of the state, whose buffers the next program takes over."""
+
+    tokens: jax.Array  # [B*R, W]
+    real: jax.Array
+    new: jax.Array
+    done: jax.Array
+    last: tuple[jax.Array, jax.Array]  # token, real: [B*R] each
+
+
+def bucket(n: int) -> int:
+    """The padded size for n: multiples of 16, from 128 on of an eighth of the next power of two (at most a quarter more than n)."""
+    step = max(16, (1 << (n - 1).bit_length()) // 8) if n > 1 else 16
+    return -(-n // step) * step
+
+
+def generate(
+    model: Any,
+    params: Any,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    key: jax.Array | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: Any = None,
+    cache: Cache | None = None,
+    **overrides: Any,
+) -> GenerateOutput:
+    """Continue input_ids [B,T]: HF's `generate`, greedy or, with do_sample=True, sampling.
+
+    attention_mask [B,T]: 1 for real tokens, anywhere in a row; without it pad_token_id counts as padding as in HF. key: from
+    jax.random.key, needed for sampling. generation_config and overrides: options by HF's names. streamer: an object with
+    `put(tokens)` and `end()`. cache: an earlier result's, the conversation so far; input_ids are then only the tokens that came since,
+    the answer's last token not among them, perhaps none ([B,0]). Penalties and max_length count the tokens of this call.
+
+    Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
+
+    Raises ValueError for bad options or input, TypeError for an unknown option, before anything is compiled."""
+    config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
+    if config.do_sample and not hasattr(key, "dtype"):
+        raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
+    ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
+    T = ids.shape[1]
+    limit = _new_tokens(config, T, model.config)
+    enable_compilation_cache()
+
+    unread = int(isinstance(cache, TurnCache))
+    P = bucket(T + unread)
+    used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+    slots = max(bucket(used + P + limit - 1), 0 if cache is None else cache.slots)
+    xp = jnp if isinstance(ids, jax.core.Tracer) else np
+    room = ((0, 0), (P - unread - T, 0))
+    eos = _eos_ids(config.eos_token_id)
+    pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
+    strategy = Sampling(build_processors(config, eos), eos, np.int32(pad), key if config.do_sample else None)
+    decode = partial(_decode, model, params, strategy)
+    record = (bool(config.output_scores), bool(config.output_logits))
+    if streamer is not None:
+        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
+    state, report = _prefill(
+        model, params, strategy, xp.pad(ids, room), xp.pad(real, room), cache, np.int32(T),
+        slots=slots, copies=config.num_return_sequences, steps=bucket(limit) if any(record) else 0, record=record,
+    )  # fmt: skip
+    if streamer is None:
+        state, report = decode(state, np.int32(limit))
+    else:
+        state, report = _stream(decode, state, report, P, limit, streamer)
+    return _output(ids, state, report, P, limit, pad)
+
+
+def _forward(model: Any, params: Any) -> Forward:
+    def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        tokens = jnp.where(real, tokens, 0)  # whatever stands in padding, it must not make nan
+        out = model.apply({"params": params}, tokens, attention_mask=real, cache=cache, logits_to_keep=1)
+        return out.logits[:, -1].astype(jnp.float32), out.cache
+
+    return forward
+
+
+@partial(jax.jit, static_argnames=("model", "slots", "copies", "steps", "record"))
+def _prefill(
+    model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, cache: Cache | None, length: jax.Array,
+    *, slots: int, copies: int, steps: int, record: tuple[bool, bool],
+) -> tuple[State, Report]:  # fmt: skip
+    """Read the prompt [B,P] once and choose the first tokens of its copies."""
+    if isinstance(cache, TurnCache):
+        ids = jnp.concatenate([cache.token[:, None], ids], 1)
+        real = jnp.concatenate([cache.unread[:, None], real], 1)
+        cache = cache.plain()
+    order = jnp.argsort(real, axis=1, stable=True)  # padding to the left, wherever it was
+    ids, real = jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(real, order, 1)
+    (B, P), W = ids.shape, slots + 1
+    logits, cache = _forward(model, params)(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+    if copies > 1:
+        rows = jnp.repeat(jnp.arange(B), copies)
+        logits, cache, ids, real = logits[rows], cache.take(rows), ids[rows], real[rows]
+    wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
+    sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0))
+    records = (jnp.zeros((steps, *logits.shape), jnp.float32) if wanted else None for wanted in record)
+    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records), logits)
+    return state, _report(strategy, state)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _decode(model: Any, params: Any, strategy: Strategy, state: State, limit: jax.Array) -> tuple[State, Report]:
+    """Steps until there are `limit` new tokens or nothing is left to do."""
+    going = lambda state: (state.sequences.new < limit) & ~strategy.done(state)
+    state = lax.while_loop(going, partial(strategy.step, _forward(model, params)), state)
+    return state, _report(strategy, state)
+
+
+def _report(strategy: Strategy, state: State) -> Report:
+    s = state.sequences
+    token, real = s.last()
+    return Report(s.tokens, s.real, s.new, strategy.done(state), (token[:, 0], real[:, 0]))
+
+
+def _stream(decode: Any, state: State, report: Report, P: int, limit: int, streamer: Any) -> tuple[State, Report]:
+    """The loop in chunks; a chunk runs while the streamer handles the one before."""
+    sent, chunk, began = 0, 1, time.perf_counter()
+    try:
+        while True:
+            tokens, new, done = jax.device_get((report.tokens, report.new, report.done))
+            took, going = time.perf_counter() - began, not done and new < limit
+            if going:
+                chunk = chunk * 2 if took < SMOOTH else max(chunk // 2, 1)
+                began = time.perf_counter()
+                state, report = decode(state, np.int32(min(new + chunk, limit)))
+            for column in range(P + sent, P + new):
+                streamer.put(tokens[:, column])
+            if not going:
+                return state, report
+            sent = new
+    finally:
+        streamer.end()
+
+
+def _output(ids: Any, state: State, report: Report, P: int, limit: int, pad: int) -> GenerateOutput:
+    cache = _turn(state.cache, *report.last)
+    if isinstance(report.new, jax.core.Tracer):
+        xp, n, tokens, real, scores, logits = jnp, limit, report.tokens, report.real, state.scores, state.logits
+        tokens = jnp.where(jnp.arange(tokens.shape[1]) < P + report.new, tokens, pad)
+    else:
+        xp = np  # slices of another length would each compile a program
+        tokens, real, n, scores, logits = jax.device_get((report.tokens, report.real, report.new, state.scores, state.logits))
+    ids = xp.repeat(xp.asarray(ids), tokens.shape[0] // ids.shape[0], 0)
+    cut = lambda record: None if record is None else record[:n]
+    lengths = real[:, P : P + n].sum(1, dtype=np.int32)
+    return GenerateOutput(xp.concatenate([ids, tokens[:, P : P + n]], 1), cut(scores), cut(logits), cache, lengths)
+
+
+def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab_size: int, cache: Cache | None) -> tuple[Any, Any]:
+    """ids [B,T] int32 and real [B,T] bool, numpy arrays unless they are traced; ValueError for what cannot be continued."""
+    traced = isinstance(input_ids, jax.core.Tracer) or isinstance(attention_mask, jax.core.Tracer)
+    xp: Any = jnp if traced else np
+    ids = xp.asarray(input_ids)
+    if ids.size == 0:
+        ids = ids.astype(np.int32)
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids must be integers [B,T]; found shape {ids.shape}")
+    B, T = ids.shape
+    if attention_mask is not None:
+        real = xp.asarray(attention_mask) != 0
+        if real.ndim == 2 and cache is not None:
+            real = real[:, -T:] if T else real[:, :0]  # HF's loops pass the whole conversation's mask
+        if real.shape != (B, T):
+            raise ValueError(f"attention_mask has shape {real.shape}; expected that of input_ids, [B,T] = [{B},{T}]")
+    else:
+        pad, ends = config.pad_token_id, config.eos_token_id
+        padded = pad is not None and pad not in (ends if isinstance(ends, tuple) else (ends,))
+        real = (ids != pad) | ~(ids == pad).any() if padded else xp.ones((B, T), bool)
+    check_ids(xp.where(real, ids, 0) if ids.size else ids, vocab_size)
+    if cache is not None and cache.positions.shape[0] != B:
+        raise ValueError(f"the cache holds {cache.positions.shape[0]} rows and input_ids {B}; repeat rows of a cache with cache.take(rows)")
+    if not traced and not (cache is not None and isinstance(cache.positions, jax.core.Tracer)):
+        ready = real.any(1) | (np.asarray(cache.unread) if isinstance(cache, TurnCache) else False)
+        if not ready.all():
+            raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
+    return ids.astype(np.int32), real
+
+
+def _new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:
+    """How many tokens to generate after T columns of prompt, by HF's rules."""
+    if config.max_new_tokens is not None:
+        wanted: Any = config.max_new_tokens
+    elif config.max_length is not None:
+        wanted = config.max_length - T
+    else:
+        wanted = min(DEFAULT_NEW_TOKENS, (getattr(model_config, "max_position_embeddings", None) or T + DEFAULT_NEW_TOKENS) - T)
+        warnings.warn(f"neither max_new_tokens nor max_length is set: generating {wanted} tokens at most", stacklevel=3)
+    if isinstance(wanted, jax.core.Tracer):
+        raise ValueError("max_new_tokens decides shapes: make it static in jax.jit, static_argnames=('max_new_tokens',)")
+    if wanted <= 0:
+        raise ValueError(f"input_ids have {T} columns and max_length leaves no room (max_length={config.max_length}); set max_new_tokens")
+    return wanted
+
+
+def _eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
+    """[E] int32, filled up with -1 so that another number of ids is the same program."""
+    ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    width = max(8, 1 << (len(ids) - 1).bit_length() if ids else 0)
+    return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
+
+
+def _concrete(ids: Any) -> np.ndarray:
+    if isinstance(ids, jax.core.Tracer):
+        raise ValueError("a streamer runs on the host, in chunks: it cannot be used inside jax.jit")
+    return ids

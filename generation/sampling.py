@@ -1,0 +1,115 @@
+"""Greedy decoding and sampling: one token per row and step.
+
+A strategy is a pytree whose values are traced. It turns logits into the next state and says nothing about prompts, buckets,
+chunks or streams, which are the loop's; another strategy is another class with `start`, `step` and `done`.
+
+Axis letters: B rows, S cache slots, W columns of tokens, N steps, V vocabulary, E end-of-sequence ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxmodels.cache import Cache
+from jaxmodels.generation.processors import LogitsProcessor, Sequences
+
+Forward = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+BLOCK = 128
+
+
+@struct.dataclass
+class State:
+    """What a step of decoding hands to the next. `finished` [B]; `scores` and `logits` [N,B,V] float32 where asked for."""
+
+    sequences: Sequences
+    cache: Cache
+    finished: jax.Array
+    scores: jax.Array | None
+    logits: jax.Array | None
+
+
+class Strategy(Protocol):
+    def start(self, state: State, logits: jax.Array) -> State:
+        """The state with its first new tokens, from the prompt's logits [B,V] float32."""
+        ...
+
+    def step(self, forward: Forward, state: State) -> State:
+        """One step on: `forward(tokens [B,T], real [B,T], cache) -> (logits of the last token [B,V] float32, cache)` and a choice."""
+        ...
+
+    def done(self, state: State) -> jax.Array:
+        """Whether nothing is left to do, bool []."""
+        ...
+
+
+@struct.dataclass
+class Sampling:
+    """The most probable token where `key` is None, else one drawn in proportion to the processed probabilities.
+
+    `eos_token_id` [E], -1 for none. A row draws from (key, step, row) alone, whatever its batch mates are."""
+
+    processors: tuple[LogitsProcessor, ...]
+    eos_token_id: Any
+    pad_token_id: Any
+    key: jax.Array | None
+
+    def start(self, state: State, logits: jax.Array) -> State:
+        sequences = state.sequences
+        scores = logits
+        for processor in self.processors:
+            scores = processor(sequences, scores)
+        chosen = argmax(scores) if self.key is None else draw(jax.random.fold_in(self.key, sequences.new), scores)
+        keep = lambda record, new: None if record is None else lax.dynamic_update_index_in_dim(record, new, sequences.new, 0)
+        real = ~state.finished
+        tokens = jnp.where(real, chosen, self.pad_token_id)
+        return state.replace(
+            sequences=sequences.append(tokens, real),
+            finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1),
+            scores=keep(state.scores, scores),
+            logits=keep(state.logits, logits),
+        )
+
+    def step(self, forward: Forward, state: State) -> State:
+        logits, cache = forward(*state.sequences.last(), state.cache)
+        return self.start(state.replace(cache=cache), logits)
+
+    def done(self, state: State) -> jax.Array:
+        return state.finished.all()
+
+
+def argmax(x: jax.Array) -> jax.Array:
+    """int32 [B], the first of the largest of each row [B,V], a nan counting as largest. Two plain reductions are several times
+    faster than jnp.argmax on CPU."""
+    V = x.shape[-1]
+    best = (x == x.max(-1, keepdims=True)) | jnp.isnan(x)
+    return jnp.where(best, jnp.arange(V, dtype=jnp.int32), V).min(-1)
+
+
+def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """int32 [B]: a token of each row of logits [B,V] in proportion to exp(logits). Row b's draw depends on (key, b) and its logits.
+
+    One uniform number a row and two short cumulative sums, over blocks and within one: noise for every logit takes ten times as long."""
+    B, V = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    sums = blocks.sum(-1)
+    uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(jnp.arange(B))
+    target = uniform * sums.sum(-1)
+    block, before = _passes(sums, target)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    return block * BLOCK + _passes(inside, target - before)[0]
+
+
+def _passes(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Per row of [B,n]: the positive weight where the running sum first exceeds target [B], else the last one; and the sum before it."""
+    total = jnp.cumsum(weights, -1)
+    n, index = weights.shape[1], jnp.arange(weights.shape[1], dtype=jnp.int32)
+    first = jnp.where((total > target[:, None]) & (weights > 0), index, n).min(-1)
+    last = jnp.where(weights > 0, index, 0).max(-1)
+    at = jnp.where(first < n, first, last)
+    return at, jnp.where(at > 0, jnp.take_along_axis(total, jnp.maximum(at - 1, 0)[:, None], 1)[:, 0], 0)
