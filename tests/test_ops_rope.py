@@ -10,12 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.ops import rope as rope_ops
-from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rotate
-
-
-def rope_table(rope, head_dim, positions, lengths, dtype):
-    return rope_ops.rope_table(*inverse_frequencies(rope, head_dim, lengths), positions, dtype)
+from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 
 
 def factors(head_dim, low, step):
@@ -58,6 +53,11 @@ def configs(option, theta, head_dim):
     return theirs, LlamaConfig.from_dict(theirs.to_dict())
 
 
+def tables(rope, head_dim, positions, lengths, dtype=jnp.float32):
+    """cos and sin of positions [B,T] in rows that are `lengths` [B] long."""
+    return rope_table(*inverse_frequencies(rope, head_dim, jnp.asarray(lengths)), jnp.asarray(positions), dtype)
+
+
 def ulps(a, b):
     return np.abs(np.asarray(a).view(np.int32) - np.asarray(b).view(np.int32)).max()
 
@@ -89,7 +89,7 @@ def test_tables_far_out(option, dtype):
     reference.rope_type = "default"  # no update of the frequencies
     reference.inv_freq.copy_(torch.tensor(np.asarray(inverse_frequencies(ours.rope_parameters, 64, jnp.asarray([8192]))[0]).reshape(-1)))
     expected = reference(torch.zeros(1, dtype=getattr(torch, dtype)), torch.tensor(positions))
-    got = rope_table(ours.rope_parameters, 64, jnp.asarray(positions), jnp.asarray([8192]), jnp.dtype(dtype))
+    got = tables(ours.rope_parameters, 64, positions, [8192], jnp.dtype(dtype))
     for mine, reference in zip(got, expected):
         assert mine.dtype == dtype and mine.shape == (1, 8, 1, 64)
         # bfloat16: the same number, or the neighbour where the float32 before it lies on the border
@@ -103,7 +103,7 @@ def test_length_dependent_tables_are_per_row():
         theirs, ours = configs(option, 10000.0, 32)
         lengths = (100, 600, 1500)
         positions = np.tile(np.arange(1500, dtype=np.int32), (3, 1))
-        cos, sin = rope_table(ours.rope_parameters, 32, jnp.asarray(positions), jnp.asarray(lengths), jnp.float32)
+        cos, sin = tables(ours.rope_parameters, 32, positions, lengths)
         for row, length in enumerate(lengths):
             expected = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(length)[None])
             for mine, reference in zip((cos, sin), expected):
@@ -116,7 +116,7 @@ def test_rotate(dtype):
     positions = np.array([[0, 1, 7, 300], [-1, 0, 1, 2]], np.int32)
     for heads, head_dim in ((1, 2), (3, 10), (4, 64)):
         x = jnp.asarray(rng.standard_normal((2, 4, heads, head_dim)), dtype)
-        cos, sin = table = rope_table(RopeParameters(), head_dim, jnp.asarray(positions), jnp.asarray([301, 3]), dtype)
+        cos, sin = table = tables(RopeParameters(), head_dim, positions, [301, 3], dtype)
         got = rotate(x, table)
         as_torch = lambda a: torch.tensor(np.asarray(a, np.float32)).to(torch.float32 if dtype == jnp.float32 else torch.bfloat16)
         expected, _ = apply_rotary_pos_emb(as_torch(x), as_torch(x), as_torch(cos[:, :, 0]), as_torch(sin[:, :, 0]), unsqueeze_dim=2)
@@ -128,19 +128,17 @@ def test_rotate(dtype):
 def test_rotate_leaves_the_rest_of_a_partly_rotated_head():
     rope = RopeParameters(partial_rotary_factor=0.5)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 12)), jnp.float32)
-    table = rope_table(rope, 12, jnp.arange(5)[None], jnp.asarray([5]), jnp.float32)
+    table = tables(rope, 12, np.arange(5)[None], [5])
     assert table[0].shape == (1, 5, 1, 6)
     got = rotate(x, table)
     np.testing.assert_array_equal(got[..., 6:], x[..., 6:])
     np.testing.assert_allclose(jnp.linalg.norm(got[..., :6], axis=-1), jnp.linalg.norm(x[..., :6], axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(
-        got[..., :6], rotate(x[..., :6], rope_table(RopeParameters(), 6, jnp.arange(5)[None], jnp.asarray([5]), jnp.float32))
-    )
+    np.testing.assert_array_equal(got[..., :6], rotate(x[..., :6], tables(RopeParameters(), 6, np.arange(5)[None], [5])))
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32)), jnp.float32)
-    table = lambda p: rope_table(RopeParameters(), 32, jnp.asarray([[p]]), jnp.asarray([1000]), jnp.float32)
+    table = lambda p: tables(RopeParameters(), 32, [[p]], [1000])
     scores = [float(jnp.sum(rotate(q, table(p + 5)) * rotate(k, table(p)))) for p in (0, 3, 117, 900)]
     np.testing.assert_allclose(scores, scores[0], rtol=0, atol=1e-4)
 
@@ -152,7 +150,7 @@ def test_under_transformations():
     positions = jnp.broadcast_to(jnp.arange(7) + 510, (2, 7))
 
     def turn(x, length):
-        return rotate(x, rope_table(config.rope_parameters, 10, positions, jnp.stack([length, length + 9]), jnp.float32))
+        return rotate(x, tables(config.rope_parameters, 10, positions, jnp.stack([length, length + 9])))
 
     lengths = jnp.asarray([300, 517, 800])
     expected = jnp.stack([turn(a, n) for a, n in zip(x, lengths)])
