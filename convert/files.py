@@ -26,6 +26,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from jaxmodels.convert.tensors import CheckpointError, NumpyTensor, Tensor
 
 # In the order in which a file holds them: widest type first, then by name.
@@ -254,7 +255,7 @@ def write_checkpoint(
     )
     stem, tail = ("model" + (f".{variant}" if variant else "")), (f".{variant}" if variant else "")
     stale = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model-\d{{5}}-of-\d{{5}}{re.escape(tail)}\.safetensors")
-    bar = tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Saving", unit="B", unit_scale=True, delay=2, disable=_disable(progress))
+    bar = tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Saving", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
     with bar, replacing(directory, drop=lambda name: name == _index(variant) or stale.fullmatch(name) is not None) as temporary:
         for name, keys in split.filename_to_tensors.items():
             write_file(temporary / name, {key: tensors[key] for key in keys}, written=bar.update)
@@ -266,7 +267,8 @@ def write_checkpoint(
             (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _disable(progress: bool | None) -> bool | None:
+def quiet(progress: bool | None) -> bool | None:
+    """tqdm's `disable` for our `progress`: None leaves it to whether there is a terminal."""
     return None if progress is None else not progress
 
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
 from jaxmodels.convert.tensors import CheckpointError, Item, Joined, Part, Span, Stacked, Tensor, Transposed
 
 Tensors = dict[str, Tensor]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from jaxmodels.convert import files
 from jaxmodels.convert.files import DTYPES, read_checkpoint, read_file, replacing, write_checkpoint, write_file
 from jaxmodels.convert.tensors import CheckpointError, Spec, as_tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def as_numpy(tensor):
@@ -291,11 +292,14 @@ def test_a_kill_between_the_two_renames_of_the_fallback_is_undone_by_the_next_sa
 
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 import numpy as np
+from tqdm import tqdm
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.tensors import as_tensor
 
+tqdm.set_lock(threading.RLock())  # its own is shared with forked children: one killed while it holds it would hang the rest
+tqdm.monitor_interval = 0
 target, rng = sys.argv[1], random.Random(int(sys.argv[2]))
 
 def save(value):

@@ -1,0 +1,254 @@
+"""From the tensors of a file to the arrays of a parameter tree, and back.
+
+    arrays, report = load(source, expected, rules=rules, base_prefix="model", init=init)
+    tensors = unload(params, rules=rules, base_prefix="model")
+
+`source` is {file key: Tensor}, `expected` is {dotted tree path: jax.ShapeDtypeStruct}, unrolled or scanned, and `params` {dotted tree path:
+array}, parameters or gradients alike. Rules speak of keys as a model with a head spells them (`model.layers.…`). A base model's tree (no
+name in it begins with `base_prefix`) has them without the prefix, and so may a file: the prefix is added and removed as needed.
+
+What is in a file is checked against the file that the expected tree would be written as, so errors speak of file keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.convert.files import quiet
+from jaxmodels.convert.rules import Alias, Ignore, Op, Tensors, Tie, forward, inverse, members, stacks
+from jaxmodels.convert.tensors import CheckpointError, Tensor, as_tensor, full_index, lengths
+
+_THREADS = 8  # enough to keep a disk busy; memory is bounded by _Budget
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load` did beside copying: tree names it initialised, file keys it left out because they belong to another head (`dropped`),
+    match an `Ignore` (`ignored`) or repeat a tied weight (`tied`); `nbytes` of the arrays that came from the file."""
+
+    initialized: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    nbytes: int = 0
+
+
+def load(
+    source: Mapping[str, Tensor],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    rules: Sequence[Op] = (),
+    base_prefix: str = "",
+    init: Callable[[list[str]], Mapping[str, jax.Array]] | None = None,
+    keep_dtypes: bool = False,
+    progress: bool | None = None,
+    where: str = "the checkpoint",
+) -> tuple[dict[str, jax.Array], LoadReport]:
+    """The arrays of `expected`, each read as the slices its sharding covers and cast on the way.
+
+    expected: the dtypes are what the arrays get (with `keep_dtypes`, floating ones stay as stored); `.sharding` None is the default device.
+    rules: file to tree. `Alias`, `Tie` and `Ignore` act on the file's keys before the others, wherever they stand.
+    base_prefix: keys outside it are a head's. A head that the file lacks comes from `init(names)`, with a warning; another head is dropped.
+    progress: None shows a bar on a terminal once the work takes over two seconds. where: the source's name in messages.
+
+    Raises CheckpointError, before anything is read, for a missing, unexpected or doubled key, a wrong shape or kind of dtype."""
+    wanted, base = _to_file({name: as_tensor(spec) for name, spec in expected.items()}, rules, base_prefix)
+    tensors, ignored, tied = _canonical(source, wanted, rules, base_prefix)
+    dropped = _check(tensors, wanted, base_prefix, init is not None, where)
+    tree = forward(_structure(rules), {key: tensors[key] for key in wanted if key in tensors})
+    if base:
+        tree = {key.removeprefix(f"{base_prefix}."): tensor for key, tensor in tree.items()}
+    tree = stacks(name for name in expected if all(member in tree for member in members(name) or ())).forward(tree)
+    initialized = [name for name in expected if name not in tree]
+    if set(tree) - set(expected):
+        raise CheckpointError(f"rules that are no inverses of themselves: they made {sorted(set(tree) - set(expected))[:_SHOWN]}")
+    arrays = _place(tree, expected, keep_dtypes, progress)
+    report = LoadReport(tuple(initialized), dropped, ignored, tied, sum(array.nbytes for array in arrays.values()))
+    if initialized:
+        assert init is not None  # else _check has refused
+        names = ", ".join(initialized)
+        warnings.warn(f"{where} has no weights for {names}: initialised at random, to be trained before use", UserWarning, stacklevel=2)
+        made = init(initialized)
+        arrays |= {name: _as_expected(name, made[name], expected[name]) for name in initialized}
+    return {name: arrays[name] for name in expected}, report
+
+
+def unload(params: Mapping[str, Any], *, rules: Sequence[Op] = (), base_prefix: str = "") -> dict[str, Tensor]:
+    """The file's tensors, lazily, for a tree of arrays (or shapes): scanned layers unrolled, rules inverted, in reading order."""
+    tensors, base = _to_file({name: as_tensor(array) for name, array in params.items()}, rules, base_prefix)
+    if base:
+        tensors = {key.removeprefix(f"{base_prefix}."): tensor for key, tensor in tensors.items()}
+    return {key: tensors[key] for key in sorted(tensors, key=_reading_order)}
+
+
+def _reading_order(key: str) -> list[tuple[bool, int, str]]:
+    """Layer 2 before layer 10."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _structure(rules: Iterable[Op]) -> list[Op]:
+    return [rule for rule in rules if not isinstance(rule, Alias | Tie | Ignore)]
+
+
+def _to_file(tree: Tensors, rules: Sequence[Op], base_prefix: str) -> tuple[Tensors, bool]:
+    """The tree as a file of a model with a head, and whether it was a base model's tree."""
+    tree = stacks(tree).inverse(tree)
+    base = bool(base_prefix) and not any(name.startswith(f"{base_prefix}.") for name in tree)
+    if base:
+        tree = {f"{base_prefix}.{name}": tensor for name, tensor in tree.items()}
+    return inverse(_structure(rules), tree), base
+
+
+def _canonical(
+    source: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rules: Sequence[Op], base_prefix: str
+) -> tuple[Tensors, tuple[str, ...], tuple[str, ...]]:
+    """The source under canonical keys, with the prefix; which keys were ignored, which tied."""
+    tensors = forward([rule for rule in rules if isinstance(rule, Alias)], source)  # the prefix may be part of an alias
+    if base_prefix and not any(key.startswith(f"{base_prefix}.") for key in tensors):
+        tensors = {key if key in wanted else f"{base_prefix}.{key}": tensor for key, tensor in tensors.items()}
+    left: dict[type[Op], list[str]] = {Alias: [], Ignore: [], Tie: []}
+    for rule in rules:
+        if isinstance(rule, Alias | Ignore | Tie):
+            kept = rule.forward(tensors)
+            left[type(rule)] += [key for key in tensors if key not in kept]
+            tensors = kept
+    return tensors, tuple(left[Ignore]), tuple(left[Tie])
+
+
+def _check(tensors: Tensors, wanted: Tensors, base_prefix: str, can_init: bool, where: str) -> tuple[str, ...]:
+    """The keys of other heads; raises if anything else is not as wanted."""
+
+    def head(key: str) -> bool:
+        return bool(base_prefix) and not key.startswith(f"{base_prefix}.")
+
+    missing = [key for key in wanted if key not in tensors and not (head(key) and can_init)]
+    extra = [key for key in tensors if key not in wanted]
+    unexpected = [key for key in extra if not head(key)]
+    wrong = [key for key in wanted if key in tensors and not _fits(tensors[key], wanted[key])]
+
+    def lines(title: str, keys: list[str], line: Callable[[str], str]) -> list[str]:
+        rest = [f"    … and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
+        return [f"  {title} ({len(keys)}):", *(f"    {line(key)}" for key in keys[:_SHOWN]), *rest] if keys else []
+
+    def near(key: str, others: Iterable[str]) -> str:
+        close = difflib.get_close_matches(key, list(others), 1, 0.7)
+        return f"; closest on the other side: {close[0]}" if close else ""
+
+    problems = [
+        *lines("missing, the model expects", missing, lambda key: f"{key} {list(wanted[key].shape)}{near(key, extra)}"),
+        *lines("unexpected, the model has no", unexpected, lambda key: f"{key} {list(tensors[key].shape)}{near(key, missing)}"),
+        *lines("wrong", wrong, lambda key: f"{key}: found {_show(tensors[key])}, expected {_show(wanted[key])}"),
+    ]
+    if problems:
+        raise CheckpointError("\n".join([f"{where} does not fit the model (another config.json, or another class?):", *problems]))
+    return tuple(key for key in extra if head(key))
+
+
+def _show(tensor: Tensor) -> str:
+    path = getattr(tensor, "path", "")
+    return f"{tensor.dtype} {list(tensor.shape)}" + (f" in {path}" if path else "")
+
+
+def _fits(found: Tensor, expected: Tensor) -> bool:
+    """Same shape, and a dtype that casts: 8-bit floats and integers stand for quantised numbers, which their scales belong to."""
+    floats = [jnp.issubdtype(t.dtype, jnp.floating) and t.dtype.itemsize > 1 for t in (found, expected)]
+    integers = [jnp.issubdtype(t.dtype, jnp.integer) for t in (found, expected)]
+    return found.shape == expected.shape and (found.dtype == expected.dtype or all(floats) or all(integers))
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+class _Budget:
+    """Lets threads hold at most `limit` bytes together, or one of them any number."""
+
+    def __init__(self, limit: int) -> None:
+        self.free = self.limit = limit
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        count = min(count, self.limit)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= count)
+            self.free -= count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += count
+                self.changed.notify_all()
+
+
+def _place(tree: Tensors, expected: Mapping[str, jax.ShapeDtypeStruct], keep_dtypes: bool, progress: bool | None) -> dict[str, jax.Array]:
+    from tqdm import tqdm
+
+    def dtype(name: str) -> np.dtype:
+        stored = tree[name].dtype
+        return stored if keep_dtypes and jnp.issubdtype(stored, jnp.floating) else np.dtype(expected[name].dtype)
+
+    sizes = {name: tensor.size * dtype(name).itemsize for name, tensor in tree.items()}
+    budget, device = _Budget(max(sizes.values(), default=0)), jax.config.jax_default_device  # type: ignore[attr-defined]
+
+    def one(name: str) -> jax.Array:
+        with budget.take(sizes[name]), jax.default_device(device):  # a default device set by a context is this thread's alone
+            return _array(tree[name], dtype(name), expected[name].sharding)
+
+    bar = tqdm(total=sum(sizes.values()), desc="Loading", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
+        futures = {pool.submit(one, name): name for name in tree}
+        arrays = {}
+        try:
+            for future in as_completed(futures):
+                arrays[futures[future]] = future.result()
+                bar.update(sizes[futures[future]])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return arrays
+
+
+def _array(tensor: Tensor, dtype: np.dtype, sharding: Any) -> jax.Array:
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = full_index(index or (), tensor.shape)
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:  # replicas of a shard are read once
+            parts[key] = _aligned(lengths(index), dtype)
+            tensor.read_into(parts[key], index)
+        return parts[key]
+
+    if sharding is None:
+        return jax.device_put(read(())).block_until_ready()
+    return jax.make_array_from_callback(tensor.shape, sharding, read).block_until_ready()
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Empty memory at the alignment that lets a CPU device take it over instead of copying it."""
+    count = math.prod(shape) * dtype.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _as_expected(name: str, array: jax.Array, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    if array.shape != spec.shape:
+        raise ValueError(f"init gave {name} the shape {list(array.shape)}, expected {list(spec.shape)}")
+    return jax.device_put(array.astype(spec.dtype), spec.sharding)
