@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import Config, read_json
+from jaxmodels.config import Config, read_json, thaw
 from jaxmodels.family import Family
 from jaxmodels.model import Model
-from jaxmodels.params import Tree, abstract_params, flatten, init_params, param_dtype, unflatten
+from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
 
 FAMILIES: dict[str, str | Family] = {"llama": "jaxmodels.models.llama"}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
@@ -33,7 +34,8 @@ def find_family(model_type: str | None, where: str = "the config") -> Family:
         close = difflib.get_close_matches(model_type or "", FAMILIES, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"model_type {model_type!r} in {where} is not known{hint} Known are {', '.join(sorted(FAMILIES))}; jaxmodels.register(family) adds one"
+            f"model_type {model_type!r} in {where} is not known{hint} Known are {', '.join(sorted(FAMILIES))}; "
+            "jaxmodels.register(family) adds one of your own"
         )
     return found if isinstance(found, Family) else importlib.import_module(found).FAMILY
 
@@ -43,7 +45,7 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(path: str | Path, **options: Any) -> Config:
-        """Reads config.json (and generation_config.json) of a directory or hub id; options: the hub's, or values that replace config fields."""
+        """From config.json and generation_config.json of a directory or hub id; options: the hub's, or config fields to replace."""
         directory, overrides = _resolve(path, options)
         return read_config(directory, overrides)
 
@@ -119,77 +121,102 @@ def from_pretrained(
     lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
 
     Raises CheckpointError (a ValueError) for a bad checkpoint, ValueError for a bad config."""
-    from jaxmodels.convert import load_checkpoint, open_checkpoint
+    from jaxmodels.convert.files import read_checkpoint
+    from jaxmodels.convert.load import load
     from jaxmodels.sharding import resolve_rules
 
     variant = options.get("variant")
     directory, overrides = _resolve(path, options)
     config = read_config(directory, overrides)
     cls = task.class_for(config) if issubclass(task, _AutoClass) else task
-    family = find_family(config.model_type)
-    source = open_checkpoint(directory, variant=variant)
-    auto = dtype == "auto"
-    stored = _main_dtype(source) if auto else jnp.dtype(dtype)
+    source = read_checkpoint(directory, variant=variant)
+    stored = _main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
     model = cls(
         config,
-        dtype=jnp.dtype(compute_dtype or stored),
+        dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
         scan_layers=scan_layers,
         remat=remat,
         attn_implementation=attn_implementation,
         rules=resolve_rules(rules, mesh),
     )
-    params = load_checkpoint(
+    conversion, prefix = conversion_of(model)
+    key = jax.random.key(0) if key is None else key
+    params, _ = load(
         source,
-        expected=flatten(abstract_params(model, stored)),
-        keep_dtypes=auto,
-        family=family,
-        model=model,
-        init=lambda names: init_params(model, jax.random.key(0) if key is None else key, stored, only=names),
+        flatten(abstract_params(model, stored)),
+        rules=conversion,
+        base_prefix=prefix,
+        init=lambda names: init_params(model, key, stored, only=names),
+        keep_dtypes=dtype == "auto",
         progress=progress,
         where=str(directory),
     )
     return model, unflatten(params)
 
 
+def save_pretrained(
+    path: str | Path,
+    model: Model,
+    params: Mapping[str, Any],
+    *,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    generation_config: Any = None,
+    progress: bool | None = None,
+) -> None:
+    """Write what torch's save_pretrained writes: config.json, generation_config.json, safetensors (in shards above `max_shard_size`).
+
+    The directory appears, or is replaced, in one step; other files in it (a tokenizer) are kept. Tensors that were loaded and
+    not changed are the same bytes. generation_config: a GenerationConfig in place of the one that the model was loaded with."""
+    from jaxmodels.convert.files import write_checkpoint
+    from jaxmodels.convert.load import unload
+
+    rules, prefix = conversion_of(model)
+    tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    dtype = str(_main_dtype(tensors))
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    files = {"config.json": _json(config)}
+    generation = thaw(model.config.generation_config) if generation_config is None else generation_config.to_dict()
+    if generation:
+        files["generation_config.json"] = _json(generation)
+    write_checkpoint(path, tensors, max_shard_size=max_shard_size, variant=variant, files=files, progress=progress)
+
+
+def conversion_of(model: Model) -> tuple[list[Any], str]:
+    """The conversion rules of a model's checkpoints, file to tree, and the prefix of its base model in them."""
+    return find_family(model.config.model_type).conversion(type(model), model.config)
+
+
 def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
     """The Config of a checkpoint directory, its generation_config.json included; `overrides` replace fields."""
-    values = read_json(directory / "config.json")
-    cls = find_family(values.get("model_type"), str(directory / "config.json")).config
+    path = directory / "config.json"
+    values = read_json(path)
+    cls = find_family(values.get("model_type"), str(path)).config
     unknown = [name for name in overrides if name not in cls.field_names()]
     if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)}: no option of from_pretrained and no field of {cls.__name__} ({', '.join(cls.field_names())})"
-        )
-    generation = directory / "generation_config.json"
-    if generation.is_file():
-        values["generation_config"] = read_json(generation)
+        raise ValueError(f"{', '.join(unknown)}: no option here and no field of {cls.__name__} ({', '.join(cls.field_names())})")
+    if overrides.get("num_labels", 0) != len(values.get("id2label") or ()):
+        values = {k: v for k, v in values.items() if "num_labels" not in overrides or k not in ("id2label", "label2id")}
+    if (directory / "generation_config.json").is_file():
+        values["generation_config"] = read_json(directory / "generation_config.json")
     try:
-        return cls.from_dict(values | overrides)
+        return cls.from_dict({**values, **overrides})
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
-def save_pretrained(
-    path: str | Path, model: Model, params: Mapping[str, Any], *, max_shard_size: int | str = "50GB", progress: bool | None = None
-) -> None:
-    """Write what torch's save_pretrained writes: config.json, generation_config.json, safetensors (shards above `max_shard_size`).
-
-    The directory appears, or is replaced, in one step; other files in it are kept. Byte for byte what was loaded, as long as
-    the parameters are what was loaded."""
-    from jaxmodels.convert import save_checkpoint
-
-    flat = flatten(params)
-    config = model.config.to_dict()
-    dtypes = (
-        [leaf.dtype for leaf in flat.values() for _ in range(leaf.size)]
-        if not flat
-        else [max(flat.values(), key=lambda leaf: leaf.nbytes).dtype]
-    )
-    raise NotImplementedError(save_checkpoint, config, dtypes)
+def _main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
+    """The floating dtype that holds most of the bytes."""
+    sizes: dict[np.dtype, int] = {}
+    for tensor in tensors.values():
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            sizes[np.dtype(tensor.dtype)] = sizes.get(np.dtype(tensor.dtype), 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=np.dtype(np.float32))
 
 
-def _main_dtype(source: Mapping[str, Any]) -> np.dtype:
-    raise NotImplementedError
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _resolve(path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

@@ -28,23 +28,19 @@ class KV:
     def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
         axis = 2 if self.heads_first else 1
-        swap = lambda x: jnp.swapaxes(x, 1, 2) if self.heads_first else x
 
-        def put(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-            new = swap(new).astype(old.dtype)
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            new = _swap(new, self.heads_first).astype(old.dtype)
             if step.layer is None:
-                whole = lax.dynamic_update_slice_in_dim(old, new, step.index, axis)
-                return whole, whole
+                return lax.dynamic_update_slice_in_dim(old, new, step.index, axis)
             start = [step.layer, 0, 0, 0, 0]
             start[axis + 1] = step.index
-            whole = lax.dynamic_update_slice(old, new[None], start)
-            return whole, lax.dynamic_index_in_dim(whole, step.layer, 0, keepdims=False)
+            return lax.dynamic_update_slice(old, new[None], start)
 
-        (keys, all_k), (values, all_v) = put(self.k, k), put(self.v, v)
-        state = self.replace(k=keys, v=values)
-        if step.fresh:
-            return state, k, v, step.key_positions
-        return state, swap(all_k), swap(all_v), step.key_positions
+        state = self.replace(k=write(self.k, k), v=write(self.v, v))
+        if not step.fresh:
+            k, v = (_swap(_at(x, step.layer), self.heads_first) for x in (state.k, state.v))
+        return state, k, v, step.key_positions
 
     def resize(self, slots: int) -> KV:
         """The same tokens in `slots` slots; dropped are the last ones."""
@@ -55,6 +51,92 @@ class KV:
         """The rows [B'] of the batch, in that order."""
         axis = self.k.ndim - 4
         return self.replace(k=jnp.take(self.k, rows, axis), v=jnp.take(self.v, rows, axis))
+
+
+@struct.dataclass
+class SlidingKV:
+    """Keys and values of the last W real tokens of each row, a ring whose column `next` is overwritten next.
+
+    k, v as in KV with S = W slots; positions [B,W]; skipped [B]: rows that have seen padding since the ring was last put in order,
+    whose oldest token may not be at `next`; next []. All perhaps with a leading L."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    skipped: jax.Array
+    next: jax.Array
+    window: int = struct.field(pytree_node=False)
+    heads_first: bool = struct.field(pytree_node=False, default=False)
+
+    def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[SlidingKV, jax.Array, jax.Array, jax.Array]:
+        """Take in k, v [B,T,K,H]; also returns keys, values [B,S,K,H] and positions [B,S] of what the new tokens may see."""
+        if k.shape[1] == 1 and not step.fresh:
+            state = self._turn(k, v, step)
+            return (state, *state._tokens(step.layer))
+        k, v, positions = k.astype(self.k.dtype), v.astype(self.v.dtype), step.positions
+        if not step.fresh:
+            pairs = zip(self._tokens(step.layer), (k, v, positions))
+            k, v, positions = (jnp.concatenate(pair, 1) for pair in pairs)
+        return self._fill(k, v, positions, step.layer), k, v, positions
+
+    def _tokens(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, _at(self.positions, layer)
+
+    def _fill(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> SlidingKV:
+        """The newest W real tokens of k, v [B,T,K,H] at positions [B,T], oldest first."""
+        missing = max(0, self.positions.shape[-1] - positions.shape[1])
+        k, v = (jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0))) for x in (k, v))
+        positions = jnp.pad(positions, ((0, 0), (missing, 0)), constant_values=-1)
+        newest = jnp.argsort(positions, 1)[:, -self.positions.shape[-1] :]
+        k, v = (_swap(jnp.take_along_axis(x, newest[..., None, None], 1), self.heads_first) for x in (k, v))
+        new = (k, v, jnp.take_along_axis(positions, newest, 1), jnp.zeros(len(newest), bool), jnp.int32(0))
+        old = (self.k, self.v, self.positions, self.skipped, self.next)
+        return self._with(*(_put(a, b, layer) for a, b in zip(old, new)))
+
+    def _with(self, *leaves: jax.Array) -> SlidingKV:
+        return SlidingKV(*leaves, window=self.window, heads_first=self.heads_first)
+
+    def _turn(self, k: jax.Array, v: jax.Array, step: Any) -> SlidingKV:
+        """One token a row, in place. A row whose token is padding keeps what it has."""
+        real, layer = step.positions[:, 0] >= 0, step.layer
+        late = jnp.any(_at(self.skipped, layer) & real)  # a row goes on after padding: only then its columns are out of order
+        state = lax.cond(late, lambda state: state._fill(*state._tokens(layer), layer), lambda state: state, self)
+        column = _at(state.next, layer)
+
+        def write(ring: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            start, shape = [jnp.int32(0)] * new.ndim, new.shape
+            start[axis] = column
+            if layer is not None:
+                start, shape = [layer, *start], (1, *shape)
+            old = lax.dynamic_slice(ring, start, shape).reshape(new.shape)
+            new = jnp.where(real.reshape(-1, *(1,) * (new.ndim - 1)), new.astype(ring.dtype), old)
+            return lax.dynamic_update_slice(ring, new.reshape(shape), start)
+
+        axis = 2 if self.heads_first else 1
+        return self._with(
+            write(state.k, _swap(k, self.heads_first), axis),
+            write(state.v, _swap(v, self.heads_first), axis),
+            write(state.positions, step.positions, 1),
+            _put(state.skipped, _at(state.skipped, layer) | ~real, layer),
+            _put(state.next, (column + 1) % self.positions.shape[-1], layer),
+        )
+
+    def resize(self, slots: int) -> SlidingKV:
+        """Room for the newest min(window, slots) tokens."""
+        if self.next.ndim:
+            return jax.vmap(lambda state: state.resize(slots))(self)
+        W = min(self.window, slots)
+        k, v, positions = self._tokens(None)
+        heads, B = k.shape[2:], len(positions)
+        shapes = [(B, heads[0], W, heads[1]) if self.heads_first else (B, W, *heads)] * 2
+        empty = self._with(*(jnp.zeros(s, x.dtype) for s, x in zip(shapes, (k, v))), jnp.full((B, W), -1), self.skipped, self.next)
+        return empty._fill(k, v, positions, None)
+
+    def take(self, rows: jax.Array) -> SlidingKV:
+        axis = self.next.ndim
+        pick = lambda x: jnp.take(x, rows, axis)
+        return self._with(pick(self.k), pick(self.v), pick(self.positions), pick(self.skipped), self.next)
 
 
 @struct.dataclass
@@ -114,6 +196,22 @@ class KVSpec:
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_first)
 
 
+@dataclasses.dataclass(frozen=True)
+class SlidingKVSpec:
+    """A layer that attends to the last `window` tokens, with `heads` kv heads of `head_dim`."""
+
+    heads: int
+    head_dim: int
+    window: int
+
+    def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> SlidingKV:
+        W = min(self.window, slots)
+        kv = KVSpec(self.heads, self.head_dim).init(batch, W, dtype, layers=layers, heads_first=heads_first)
+        lead = () if layers is None else (layers,)
+        positions, skipped = jnp.full((*lead, batch, W), -1, jnp.int32), jnp.zeros((*lead, batch), bool)
+        return SlidingKV(kv.k, kv.v, positions, skipped, jnp.zeros(lead, jnp.int32), self.window, heads_first)
+
+
 def segments(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
     """Factor a list of layer kinds into (start, period, repeats): from the left, the repetition that covers most, or one layer."""
     found, i = [], 0
@@ -141,6 +239,19 @@ def init_cache(model: Any, batch: int, slots: int, dtype: Any = None) -> Cache:
             spec: LayerSpec = model.config.layer_spec(kind)
             states.append(spec.init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
     return Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
+
+
+def _swap(x: jax.Array, heads_first: bool) -> jax.Array:
+    """Between [B,S,K,H], as attention takes it, and the memory layout."""
+    return jnp.swapaxes(x, 1, 2) if heads_first else x
+
+
+def _at(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    return x if layer is None else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+
+def _put(x: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
+    return new.astype(x.dtype) if layer is None else lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, 0)
 
 
 def _resize(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:

@@ -146,7 +146,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rop
         state, k, v, k_positions = state.update(k, v, step)
     if late:
         k = rotate(k, rope_table(rope.frequencies, rope.scale, k_positions, k.dtype))  # type: ignore[union-attr,arg-type]
-    out, weights = attention(q, k, v, step.positions, k_positions, scale=scale, implementation=step.attention)
+    out, weights = attention(q, k, v, step.positions, k_positions, scale=scale, implementation=step.attention, rules=step.rules)
     return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
 
 
@@ -174,7 +174,7 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, states: tuple | None, step: Step) -> tuple[jax.Array, tuple | None, list, list]:
-        """Returns x after the last layer, the states, every layer's input and every layer's attention weights (None where not asked for)."""
+        """Returns x after the last layer, the states, every layer's input and attention weights (None where not asked for)."""
         kinds = self.config.layer_kinds
         plan = segments(kinds) if self.scan else [(i, 1, 1) for i in range(len(kinds))]
         inputs, weights, left, done = [], [], list(states or ()), []

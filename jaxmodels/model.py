@@ -73,7 +73,8 @@ class Model(nn.Module):
             attention = "eager"
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
-        static = dict(rules=self.rules, attention=attention, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        static = {"rules": self.rules, "attention": attention}
+        static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return begin(shape, attention_mask, cache, **static)
 
 

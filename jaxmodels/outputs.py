@@ -11,7 +11,7 @@ from flax import struct
 
 
 class ModelOutput:
-    """What every output shares: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`, `out.to_tuple()`; fields that are None do not count."""
+    """What every output shares: `out.logits`, `out["logits"]`, `out[0]`, `out.keys()`, `out.to_tuple()`; None fields do not count."""
 
     def keys(self) -> tuple[str, ...]:
         return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,15 +52,19 @@ def abstract_params(model: Any, dtype: Any = jnp.float32) -> Tree:
     return unflatten({key: leaf(key) for key in shapes})
 
 
-def init_params(model: Any, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-    """Freshly initialised parameters of `dtype`, created in place in their shardings when the model has rules."""
-    abstract = abstract_params(model, dtype)
-    shardings = None if model.rules is None else jax.tree.map(lambda leaf: leaf.sharding, abstract)
+def init_params(model: Any, key: jax.Array, dtype: Any = jnp.float32, *, only: Sequence[str] | None = None) -> Tree:
+    """Freshly initialised parameters of `dtype`, created in place in their shardings when the model has rules.
 
-    def make(key: jax.Array) -> Tree:
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), nn.unbox(_boxed(model, key)), abstract)
+    `only`: dotted names; then a flat dict of those alone is made and returned."""
+    abstract = flatten(abstract_params(model, dtype))
+    names = list(abstract if only is None else only)
 
-    return jax.jit(make, out_shardings=shardings)(key)
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        tree = flatten(nn.unbox(_boxed(model, key)))
+        return {name: tree[name].astype(abstract[name].dtype) for name in names}
+
+    flat = jax.jit(make, out_shardings=None if model.rules is None else {name: abstract[name].sharding for name in names})(key)
+    return flat if only is not None else unflatten(flat)
 
 
 def count_params(params: Any) -> int:

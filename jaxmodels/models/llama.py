@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from jaxmodels.cache import Cache
 from jaxmodels.config import Config
-from jaxmodels.family import Family
+from jaxmodels.convert.rules import Ignore
+from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import Embedding, Layers, Linear, RMSNorm, Step, activation, attend
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.ops.rope import RopeParameters
@@ -155,5 +156,5 @@ FAMILY = Family(
         "AutoModelForTokenClassification": LlamaForTokenClassification,
         "AutoModelForQuestionAnswering": LlamaForQuestionAnswering,
     },
-    ignore=(r"(.*\.)?rotary_emb\.inv_freq",),
+    rules=lambda config: (Ignore(("**rotary_emb.inv_freq",)), *tied_head(config)),
 )

@@ -1,0 +1,106 @@
+"""The `jaxmodels` command: one subcommand per job, each in a module that is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+def _hub(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hub ids")
+    group.add_argument("--revision", help="branch, tag or commit")
+    group.add_argument("--token", help="access token; default: the one huggingface_hub has stored")
+    group.add_argument("--cache-dir", help="where downloads are kept")
+    group.add_argument("--subfolder", help="folder inside the repository or directory")
+    group.add_argument("--variant", help="e.g. fp16 for model.fp16.safetensors")
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, str]:
+    """The hub options that were given, as from_pretrained takes them."""
+    names = ("revision", "token", "cache_dir", "subfolder", "variant")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint directory or hub id; default: the tiny Python model that ships")
+    parser.add_argument("--dtype", default="auto", help="parameter and compute dtype: auto (as stored), float32, bfloat16, float16")
+    _hub(parser)
+
+
+def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxmodels", description="Hugging Face checkpoints in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    generate = command("generate", "text:generate", "Continue prompts: one streams to the terminal, several run as a batch.")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: one per line of --file or of standard input")
+    generate.add_argument("--file", help="prompts, one per line, or JSON lines with a `prompt`")
+    generate.add_argument("--jsonl", metavar="OUT", help="write prompt, text and new token count as JSON lines; - for standard output")
+    generate.add_argument("--batch-size", type=int, default=8)
+    _sampling(generate, 64)
+    _model(generate)
+
+    chat = command("chat", "text:chat", "Talk to a model with a chat template; an empty line ends it.")
+    chat.add_argument("--system", help="a system message")
+    _sampling(chat, 512)
+    _model(chat)
+
+    convert = command("convert", "checkpoint:convert", "Write a checkpoint in another dtype, shard size or format.")
+    convert.add_argument("source", metavar="SRC", help="checkpoint directory, hub id, or Orbax directory written by this command")
+    convert.add_argument("destination", metavar="DST")
+    convert.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    convert.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="e.g. 500MB, 5GB (default %(default)s)")
+    convert.add_argument("--format", choices=("safetensors", "orbax"), default="safetensors")
+    convert.add_argument("--scan", action="store_true", help="orbax: layers stacked, as scan_layers=True wants them")
+    _hub(convert)
+
+    info = command("info", "checkpoint:info", "Parameters, bytes by dtype and, for a mesh, memory per device.")
+    info.add_argument("path", metavar="PATH")
+    info.add_argument("--mesh", help="e.g. fsdp=4,tensor=2: sizes of a mesh that need not exist here")
+    info.add_argument("--rules", default="fsdp+tensor", help="sharding preset for --mesh (default %(default)s)")
+    _hub(info)
+
+    parity = command(
+        "parity", "checkpoint:parity", "Compare with torch: layer by layer, greedy tokens, gradients. Exit status 1 over tolerance."
+    )
+    parity.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="PATH | record PATH FILE | check PATH FILE",
+        help="record keeps torch's answers, check needs no torch",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; errors about input are one line on standard error and exit status 1 (2 for usage)."""
+    args = build_parser().parse_args(argv)
+    module, function = args.run.split(":")
+    try:
+        return getattr(importlib.import_module(f"jaxmodels.cli.{module}"), function)(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"jaxmodels: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""`jaxmodels generate` and `jaxmodels chat`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.assets import TINY_PYTHON
+from jaxmodels.auto import AutoModelForCausalLM
+from jaxmodels.cli.main import hub_options
+from jaxmodels.generation import TextStreamer
+from jaxmodels.generation import generate as run
+from jaxmodels.processing import AutoTokenizer
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    path = args.model or TINY_PYTHON
+    hub = hub_options(args)
+    model, params = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **hub)
+    hub.pop("variant", None)
+    return model, params, AutoTokenizer.from_pretrained(path, **hub)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """generate's keyword arguments: what was asked for on the command line, the checkpoint's defaults for the rest."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample, "key": jax.random.key(args.seed), **options}
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s"
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts:
+        return args.prompts
+    if args.file is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one as an argument, in --file, or on standard input")
+    with open(args.file, encoding="utf-8") if args.file else contextlib.nullcontext(sys.stdin) as source:
+        lines = [line.rstrip("\n") for line in source if line.strip()]
+    if not lines:
+        raise ValueError(f"{args.file or 'standard input'} holds no prompt: expected one per line, or JSON lines with a `prompt`")
+    return [_prompt_of(line) for line in lines]
+
+
+def _prompt_of(line: str) -> str:
+    if line.startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            found = json.loads(line)
+            if "prompt" not in found:
+                raise ValueError(f"a JSON line has the keys {sorted(found)}; expected `prompt`")
+            return found["prompt"]
+    return line
+
+
+def generate(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    model, params, tokenizer = _load(args)
+    options = _options(args)
+    start = time.perf_counter()
+    if len(prompts) == 1 and args.jsonl is None:
+        encoded = tokenizer(prompts, return_tensors="np")
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        out = run(model, params, encoded.input_ids, encoded.attention_mask, streamer=streamer, **options)
+        print(_rate(int(out.lengths.sum()), time.perf_counter() - start), file=sys.stderr)
+        return
+    total = 0
+    with _sink(args.jsonl) as sink:
+        for result in _batches(model, params, tokenizer, prompts, args.batch_size, options):
+            total += result["tokens"]
+            if sink is None:
+                print(result["prompt"] + result["text"], end="\n\n", flush=True)
+            else:
+                print(json.dumps(result, ensure_ascii=False), file=sink, flush=True)
+    print(_rate(total, time.perf_counter() - start), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _sink(path: str | None) -> Iterator[Any]:
+    if path in (None, "-"):
+        yield None if path is None else sys.stdout
+        return
+    with open(path, "w", encoding="utf-8") as file:  # type: ignore[arg-type]
+        yield file
+
+
+def _batches(model: Any, params: Any, tokenizer: Any, prompts: list[str], size: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if len(prompts) > 1 and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for i in range(0, len(prompts), size):
+        batch = prompts[i : i + size]
+        encoded = tokenizer(batch, padding=len(batch) > 1, padding_side="left", return_tensors="np")
+        options["key"], key = jax.random.split(options["key"])
+        out = run(model, params, encoded.input_ids, encoded.attention_mask, **{**options, "key": key})
+        new = np.asarray(out.sequences)[:, encoded.input_ids.shape[1] :]
+        for prompt, tokens, length in zip(batch, new, out.lengths):
+            yield {"prompt": prompt, "text": tokenizer.decode(tokens[:length], skip_special_tokens=True), "tokens": int(length)}
+
+
+def chat(args: argparse.Namespace) -> None:
+    model, params, tokenizer = _load(args)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{args.model or TINY_PYTHON} has no chat template; continue text with `jaxmodels generate`")
+    options = _options(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    known: list[int] = []  # the tokens that the cache stands for
+    cache = None
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = np.asarray(ids).reshape(-1).tolist()
+        if ids[: len(known)] != known:  # the template rewrote what was said
+            known, cache = [], None
+        new = np.asarray([ids[len(known) :]], np.int32)
+        options["key"], key = jax.random.split(options["key"])
+        start = time.perf_counter()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        out = run(model, params, new, cache=cache, streamer=streamer, **{**options, "key": key})
+        answer = np.asarray(out.sequences)[0, new.shape[1] :][: int(out.lengths[0])].tolist()
+        print(_rate(len(answer), time.perf_counter() - start), file=sys.stderr)
+        known, cache = ids + answer, out.cache
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
