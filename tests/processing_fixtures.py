@@ -137,7 +137,7 @@ def sentencepiece_model(kind: str, **options: Any) -> bytes:
     import sentencepiece
 
     stream = io.BytesIO()
-    size = {"bpe": 420, "unigram": 140}[kind] + (180 if options.get("byte_fallback") else 0)
+    size = {"bpe": 420, "unigram": 140}[kind] + (260 if options.get("byte_fallback") else 0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=stream, vocab_size=size, model_type=kind, minloglevel=2, **options
     )  # fmt: skip
@@ -173,9 +173,7 @@ def gemma_sentencepiece(path: Path) -> Path:
     return path
 
 
-MAKERS = {
-    f.__name__: f for f in (llama3, llama2, gpt2, qwen2, bert, t5, xlm_roberta, llama_sentencepiece, gemma_sentencepiece)
-}
+MAKERS = {f.__name__: f for f in (llama3, llama2, gpt2, qwen2, bert, t5, xlm_roberta, llama_sentencepiece, gemma_sentencepiece)}
 MAKERS["bert_vocab"] = lambda path: bert(path, text_file=True)
 MAKERS["llama2_legacy"] = lambda path: llama2(path, {"legacy": True})
 MAKERS["llama2_as_mistral"] = lambda path: save(llama2(path), None, None, "mistral")

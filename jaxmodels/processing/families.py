@@ -30,7 +30,7 @@ class Family:
 
     model: str  # "BPE", "WordPiece" or "Unigram"
     build: Build  # (vocab, merges, options) -> Tokenizer without its added tokens
-    tokens: Mapping[str, str | None]  # default special tokens
+    defaults: Mapping[str, Any]  # of its arguments: special tokens, ...
     padding_side: str = "right"
     type_ids: bool = False  # whether token_type_ids are returned by default
     frame: Callable[[Options, Tokenizer], Any] | None = None  # (options, backend) -> the post-processor, in place of the file's
@@ -203,7 +203,11 @@ _GPT2 = _tokens(unk=_END, bos=_END, eos=_END)
 _QWEN = _tokens(unk=_END, bos=None, eos=_END, pad=_END)
 _LLAMA = _tokens(unk="<unk>", bos="<s>", eos="</s>")
 _GEMMA = _tokens(unk="<unk>", bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>")
-_CODE_LLAMA = {**_LLAMA, **_tokens(prefix="▁<PRE>", middle="▁<MID>", suffix="▁<SUF>", eot="▁<EOT>", fill="<FILL_ME>")}
+_CODE_LLAMA: dict[str, Any] = {
+    **_LLAMA,
+    "add_bos_token": True,
+    **_tokens(prefix="▁<PRE>", middle="▁<MID>", suffix="▁<SUF>", eot="▁<EOT>", fill="<FILL_ME>"),
+}
 _COHERE = _tokens(unk="<UNK>", bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>", pad="<PAD>", cls="<CLS>", sep="<SEP>", mask="<MASK_TOKEN>")
 _ROBERTA = _tokens(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>", mask="<mask>")
 _BERT = _tokens(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")

@@ -22,7 +22,7 @@ GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")  # class names that s
 # What a tokenizer_config.json says about other things than the tokenizer, or must not decide.
 _NOT_OPTIONS = (
     "tokenizer_class auto_map added_tokens added_tokens_decoder init_inputs backend is_local local_files_only fast_tokenizer_files "
-    "name_or_path tokenizer_object tokenizer_file vocab_file merges_file special_tokens_map_file"
+    "name_or_path tokenizer_object tokenizer_file copy vocab_file merges_file special_tokens_map_file"
 )
 NOT_OPTIONS = frozenset(_NOT_OPTIONS.split())
 
@@ -70,16 +70,16 @@ def load_pretrained(path: Path, overrides: dict[str, Any]) -> Tokenizer:
 
 def _assemble(name: str | None, backend: Backend, options: dict[str, Any], added: dict[int, AddedToken]) -> Tokenizer:
     if name is None:
-        return Tokenizer(backend, added_tokens=added, **options)
+        return Tokenizer(backend, added_tokens=added, copy=False, **options)
     family = FAMILIES[name]
-    options = {**family.tokens, **options}
+    options = {**family.defaults, **options}
     if not options.get("padding_side") and backend.padding is None:
         options["padding_side"] = family.padding_side
     if family.type_ids:
         options.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
     if family.extra:
         options = {**options, EXTRA[0]: [*_extra(options), *(t for t in family.extra(options) if t not in map(str, _extra(options)))]}
-    tokenizer = Tokenizer(backend, tokenizer_class=name, added_tokens=added, **options)
+    tokenizer = Tokenizer(backend, tokenizer_class=name, added_tokens=added, copy=False, **options)
     if family.respecial:
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokenizer.all_special_tokens])
     if family.frame:
@@ -95,9 +95,11 @@ def _extra(options: Mapping[str, Any]) -> list:
 def _spec(file: Path, text: str) -> dict[str, Any]:
     try:
         spec = json.loads(text)
-        return spec if spec["model"]["vocab"] is not None else {}
+        if not isinstance(spec["model"]["vocab"], (dict, list)):
+            raise TypeError("model.vocab is no vocabulary")
+        return spec
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a tokenizer.json ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{file}: not a tokenizer.json that tokenizers can read ({type(error).__name__}: {error})") from error
 
 
 def _rebuild(spec: dict[str, Any], family: Family, options: Mapping[str, Any]) -> Backend:
@@ -108,7 +110,7 @@ def _rebuild(spec: dict[str, Any], family: Family, options: Mapping[str, Any]) -
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     steps = spec.get("normalizer") or {}
     charsmap = next((n["precompiled_charsmap"] for n in steps.get("normalizers", [steps]) if n.get("type") == "Precompiled"), None)
-    options = {**family.tokens, **options, "charsmap": base64.b64decode(charsmap) if charsmap else None}
+    options = {**family.defaults, **options, "charsmap": base64.b64decode(charsmap) if charsmap else None}
     backend = family.build(vocab, merges, options)
     shell = Backend.from_str(json.dumps({**spec, "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}))
     if shell.post_processor is not None:
@@ -139,10 +141,10 @@ def _from_old_files(path: Path, name: str | None, plain: bool, declared: str | N
         name = "GPT2Tokenizer" if found["vocab.json"] else "BertTokenizer"
     kind = FAMILIES[name].model if name else None
     if kind == "WordPiece" and found["vocab.txt"]:
-        return name, FAMILIES[str(name)].build(_read_vocab_txt(path / "vocab.txt"), None, {**FAMILIES[str(name)].tokens, **options})
+        return name, FAMILIES[str(name)].build(_read_vocab_txt(path / "vocab.txt"), None, {**FAMILIES[str(name)].defaults, **options})
     if kind == "BPE" and found["vocab.json"]:
         vocab, merges = read_json(path / "vocab.json"), _read_merges(path / "merges.txt")
-        return name, FAMILIES[str(name)].build(vocab, merges, {**FAMILIES[str(name)].tokens, **options})
+        return name, FAMILIES[str(name)].build(vocab, merges, {**FAMILIES[str(name)].defaults, **options})
     if kind == "WordPiece" or not model:
         raise FileNotFoundError(
             f"{path}: {name} needs {'vocab.txt' if kind == 'WordPiece' else 'a sentencepiece .model file'} or a tokenizer.json"
@@ -162,8 +164,8 @@ def _from_sentencepiece(file: Path, name: str | None, options: dict[str, Any]) -
         if model.model_type != BPE:
             raise ValueError(f"{file}: a unigram model, where {name} is a BPE tokenizer; correct tokenizer_class in tokenizer_config.json")
         vocab: Any = {text: i for i, (text, _) in enumerate(model.scored)}
-        return family.build(vocab, merges_of(vocab), {**family.tokens, **options})
-    options = {**family.tokens, **options, "charsmap": model.charsmap}
+        return family.build(vocab, merges_of(vocab), {**family.defaults, **options})
+    options = {**family.defaults, **options, "charsmap": model.charsmap}
     vocab = family.from_sentencepiece(model.scored, options) if family.from_sentencepiece else model.scored
     return family.build(vocab, None, options)
 
@@ -210,7 +212,7 @@ def _added_tokens(
         for content, number in read_json(path / "added_tokens.json").items():
             added[number] = AddedToken(content, normalized=content not in special, special=content in special)
         if text is not None:
-            for token in json.loads(text).get("added_tokens") or ():
+            for token in _spec(path / "tokenizer.json", text).get("added_tokens") or ():
                 added[token["id"]] = _as_token({key: value for key, value in token.items() if key != "id"})
     for key, value in options.items():
         if key in EXTRA or key.endswith("_token"):

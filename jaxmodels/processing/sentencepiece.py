@@ -155,7 +155,11 @@ def to_tokenizer(model: SentencePieceModel) -> Tokenizer:
     tokenizer = Tokenizer(core)
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # With a dummy prefix a space at the start stays and becomes the prefix: Metaspace writes none before another.
+        ends = r" +\z" if model.add_dummy_prefix else r"\A +| +\z"
+        steps += [normalizers.Replace(Regex(ends), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    elif model.add_dummy_prefix:
+        steps.append(normalizers.Replace(Regex(r"\A "), f"{SPACE} "))
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "first" if model.add_dummy_prefix else "never"

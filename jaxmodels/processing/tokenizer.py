@@ -43,7 +43,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
         batch = tokenizer(["one text", "another, longer text"], padding=True)
 
     Args:
-        tokenizer_object: a `tokenizers.Tokenizer` (copied); or
+        tokenizer_object: a `tokenizers.Tokenizer` (copied unless `copy=False`); or
         tokenizer_file: a tokenizer.json.
         bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: special tokens, added if new; any other
             `<name>_token` becomes an attribute too.
@@ -67,11 +67,15 @@ class Tokenizer(Vocabulary, ChatTemplates):
         *,
         tokenizer_class: str = PLAIN_CLASS,
         added_tokens: Mapping[int, AddedToken] | None = None,
+        copy: bool = True,
         **options: Any,
     ):
         if (tokenizer_object is None) == (tokenizer_file is None):
             raise ValueError("give tokenizer_object or tokenizer_file (one of them); AutoTokenizer.from_pretrained(path) loads a directory")
-        self._backend: Backend = deepcopy(tokenizer_object) if tokenizer_object is not None else read_backend(Path(tokenizer_file or ""))
+        if tokenizer_object is None:
+            self._backend = read_backend(Path(tokenizer_file or ""))
+        else:
+            self._backend = deepcopy(tokenizer_object) if copy else tokenizer_object
         self._lock = threading.Lock()
         self._warned_length = False
         self.tokenizer_class = tokenizer_class
@@ -186,7 +190,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = samples
         elif not batched and return_tensors is None:
-            data = {key: value[0] for key, value in data.items()}
+            data = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
         return BatchEncoding(data, rows, return_tensors)
 
     def _encode(self, inputs: list, truncation: dict | None, split: bool, add_special_tokens: bool, words: bool) -> list[Encoding]:

@@ -57,7 +57,7 @@ def train_bpe(
     backend.train_from_iterator(texts, trainer=trainer)
     if special_tokens:
         options = {**dict.fromkeys(("bos_token", "eos_token", "pad_token"), special_tokens[0]), **options}
-    return Tokenizer(backend, **options)
+    return Tokenizer(backend, copy=False, **options)
 
 
 def retrain(
@@ -91,11 +91,14 @@ def retrain(
         options.setdefault("initial_alphabet", pre_tokenizers.ByteLevel.alphabet())
 
     special: list[Token] = []
+    ordinary: dict[int, AddedToken] = {}
     for token in added:
-        is_special = token.pop("special")
-        del token["id"]
+        number, is_special = token.pop("id"), token.pop("special")
+        new = AddedToken(**{**token, "content": renamed.get(token["content"], token["content"])})
         if is_special or kind == "Unigram":
-            special.append(AddedToken(**{**token, "content": renamed.get(token["content"], token["content"])}))
+            special.append(new)
+        else:
+            ordinary[number] = new  # not learnt, added after the training
     backend = Backend.from_str(json.dumps(spec))
     trainer = TRAINERS[kind](vocab_size=vocab_size, special_tokens=[*special, *new_special_tokens], **options)
     backend.train_from_iterator(texts, length=length, trainer=trainer)
@@ -106,7 +109,7 @@ def retrain(
     saved = tokenizer.options_to_save() | {"tokenizer_class": tokenizer.tokenizer_class, "chat_template": tokenizer.chat_template}
     saved |= {name: renamed.get(token, token) for name, token in tokenizer.special_tokens_map.items()}
     saved[EXTRA[0]] = [*(renamed.get(token, token) for token in tokenizer.extra_special_tokens), *new_special_tokens]
-    return Tokenizer(backend, **saved)
+    return Tokenizer(backend, copy=False, added_tokens=ordinary, **saved)
 
 
 def _renumber(frame: Any, renamed: Mapping[str, str], backend: Backend) -> Any:

@@ -78,17 +78,18 @@ class Vocabulary:
 
     def _register(self, added: Mapping[int, AddedToken]) -> None:
         """Add `added` in the order of their ids, then the special tokens that the vocabulary does not mark as added."""
-        tokens = [added[number] for number in sorted(added)]
-        known = set(self.added_tokens_encoder) | {str(token) for token in tokens}
-        named = {str(token) for token in self._named.values() if token is not None}
+        tokens: list[Token] = [added[number] for number in sorted(added)]
+        known = {*self.added_tokens_encoder, *map(str, tokens)}
+        # A token named twice with different flags is added twice, and the last flags hold: transformers does so.
         for token in [*self._named.values(), *self._extra]:
-            if token is not None and str(token) not in known:
-                tokens.append(AddedToken(token, special=True) if isinstance(token, str) else token)
-                known.add(str(token))
-        for token in tokens:
+            if token is not None and str(token) not in known and token not in tokens:
+                tokens.append(token)
+        named = {str(token) for token in self._named.values() if token is not None}
+        new = [AddedToken(token, special=True) if isinstance(token, str) else token for token in tokens]
+        for token in new:
             token.special = token.special or str(token) in named
-        if tokens:
-            self._backend.add_tokens(tokens)
+        if new:
+            self._backend.add_tokens(new)
 
     def add_tokens(self, new_tokens: Token | Sequence[Token], special_tokens: bool = False) -> int:
         """Add tokens to the vocabulary; returns how many were new. The model's embedding must have as many rows as `len(tokenizer)`."""
