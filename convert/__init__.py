@@ -13,12 +13,13 @@ from typing import Any
 
 _RULES = "Alias Ignore Op Rename Split Stack StackExperts Tie Transpose forward inverse members stack stacks unstack"
 _PUBLIC = {
+    "errors": ("CheckpointError",),
     "files": ("read_checkpoint", "read_file", "replacing", "write_checkpoint", "write_file"),
     "hub": ("resolve",),
     "load": ("LoadReport", "unload"),
     "orbax": ("restore_orbax", "save_orbax"),
     "rules": tuple(_RULES.split()),
-    "tensors": ("CheckpointError", "Tensor", "as_tensor"),
+    "tensors": ("Tensor", "as_tensor"),
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -27,7 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.convert.tensors import CheckpointError, NumpyTensor, Tensor
+from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.convert.tensors import NumpyTensor, Tensor
 
 # In the order in which a file holds them: widest type first, then by name.
 DTYPES: dict[str, np.dtype] = {

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import quiet
 from jaxmodels.convert.rules import Alias, Ignore, Op, Tensors, Tie, forward, inverse, members, stacks
-from jaxmodels.convert.tensors import CheckpointError, Tensor, as_tensor, full_index, lengths
+from jaxmodels.convert.tensors import Tensor, as_tensor, full_index, lengths
 
 _THREADS = 8  # enough to keep a disk busy; memory is bounded by _Budget
 _SHOWN = 8

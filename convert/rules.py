@@ -37,7 +37,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.convert.tensors import CheckpointError, Item, Joined, Part, Span, Stacked, Tensor, Transposed
+from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.convert.tensors import Item, Joined, Part, Span, Stacked, Tensor, Transposed
 
 Tensors = dict[str, Tensor]
 _WILDCARDS = {"**": "(.*)", "*": "([^.]+)", "#": r"(?P<number>0|[1-9]\d*)"}

@@ -23,10 +23,6 @@ Index: TypeAlias = tuple[slice, ...]
 _PAGE = 4096  # a run shorter than this costs as much to skip as to read
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, does not fit the model, or cannot be written. The message names file, key, found and expected."""
-
-
 def full_index(index: Sequence[slice], shape: Sequence[int]) -> Index:
     """`index` with one slice per axis, every slice with plain integer bounds and step 1."""
     if len(index) > len(shape) or any(s.step not in (None, 1) for s in index):

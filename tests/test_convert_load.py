@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxmodels.convert import files, rules
+from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.load import LoadReport, load, unload
 from jaxmodels.convert.rules import Alias, Ignore, Rename, Split, Tie
-from jaxmodels.convert.tensors import CheckpointError, NumpyTensor, as_tensor
+from jaxmodels.convert.tensors import NumpyTensor, as_tensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxmodels.convert import rules as R
+from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.rules import Alias, Ignore, Rename, Split, StackExperts, Tie, Transpose
-from jaxmodels.convert.tensors import Cast, CheckpointError, NumpyTensor, Spec, as_tensor
+from jaxmodels.convert.tensors import Cast, NumpyTensor, Spec, as_tensor
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int8]
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
