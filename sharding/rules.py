@@ -84,7 +84,7 @@ class Rules:
 
 
 def resolve_rules(rules: Rules | str | None, mesh: Mesh | None) -> Rules | None:
-    """What `from_pretrained(mesh=, rules=)` means: a Rules value as it is, a preset's name over the mesh, `fsdp+tensor` by default, None without a mesh."""
+    """What from_pretrained(mesh=, rules=) means: a Rules value as it is, a preset (default fsdp+tensor) over the mesh, None without one."""
     if isinstance(rules, Rules):
         if mesh is not None and mesh != rules.mesh:
             raise ValueError("mesh and rules.mesh differ; give one of them")

@@ -77,15 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--rules", default="fsdp+tensor", help="sharding preset for --mesh (default %(default)s)")
     _hub(info)
 
-    parity = command(
-        "parity", "checkpoint:parity", "Compare with torch: layer by layer, greedy tokens, gradients. Exit status 1 over tolerance."
-    )
-    parity.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="PATH | record PATH FILE | check PATH FILE",
-        help="record keeps torch's answers, check needs no torch",
-    )
+    parity = command("parity", "checkpoint:parity", "Compare with torch: layers, greedy tokens, gradients. Exit status 1 over tolerance.")
+    what = "PATH | record PATH FILE | check PATH FILE"
+    parity.add_argument("arguments", nargs="+", metavar=what, help="record keeps torch's answers, check needs no torch")
     return parser
 
 
