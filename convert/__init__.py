@@ -17,7 +17,7 @@ _PUBLIC = {
     "files": ("read_checkpoint", "read_file", "replacing", "write_checkpoint", "write_file"),
     "hub": ("resolve",),
     "load": ("LoadReport", "unload"),
-    "orbax": ("restore_orbax", "save_orbax"),
+    "orbax": ("is_orbax", "orbax_specs", "restore_orbax", "save_orbax"),
     "rules": tuple(_RULES.split()),
     "tensors": ("Tensor", "as_tensor"),
 }

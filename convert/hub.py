@@ -28,7 +28,7 @@ def resolve(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
     local_files_only: bool = False,

@@ -124,8 +124,12 @@ class JaxTensor(Tensor):
 
 
 def _fetch(data: jax.Array, part: Index) -> np.ndarray:
-    if next(iter(data.devices())).platform == "cpu":  # the host reads a CPU device's memory in place
-        return np.asarray(data)[part]
+    on_host = next(iter(data.devices())).platform == "cpu"  # then its memory is read in place
+    return np.asarray(data)[part] if on_host else _transfer(data, part)
+
+
+def _transfer(data: jax.Array, part: Index) -> np.ndarray:
+    """The slice of a single-device array, cut on the device and copied from there."""
     if lengths(part) != data.shape:  # traced starts: one small program per shape, not one per slice
         return np.asarray(jax.lax.dynamic_slice(data, [s.start for s in part], lengths(part)))
     # np.asarray keeps its host copy on the array it is asked of: ask it of a wrapper that dies here

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxmodels.convert import rules as R
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.rules import Alias, Ignore, Rename, Split, StackExperts, Tie, Transpose
-from jaxmodels.convert.tensors import Cast, NumpyTensor, Spec, as_tensor
+from jaxmodels.convert.tensors import Cast, NumpyTensor, Spec, _transfer, as_tensor
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int8]
 quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -368,6 +368,24 @@ def test_jax_arrays_are_read_by_shards(data):
     placed = jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
     index = data.draw(slices(array.shape))
     assert same(as_tensor(placed).read(index), np.ascontiguousarray(array[index]))
+
+
+def test_slices_cut_on_a_device_share_one_program():
+    array = numbers((6, 5), np.int8)
+    placed = jax.device_put(array, jax.devices()[-1])
+    assert same(_transfer(placed, (slice(0, 6), slice(0, 5))), array)
+    assert same(_transfer(placed, (slice(0, 2), slice(1, 3))), array[0:2, 1:3])
+    events = []
+    listen = lambda event, *_, **__: events.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for row in range(5):
+            assert same(_transfer(placed, (slice(row, row + 2), slice(1, 3))), array[row : row + 2, 1:3])
+        assert not [event for event in events if "compile" in event]
+        _transfer(placed, (slice(0, 3), slice(1, 3)))
+        assert [event for event in events if "compile" in event]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_leaves():
