@@ -436,7 +436,7 @@ def test_saving_leaves_no_halves(pairs, tmp_path):
     assert not list((tmp_path / "new").glob("*.part"))
 
 
-def test_an_id_that_is_no_directory_goes_to_the_hub(monkeypatch, directories):
+def test_hub_ids_and_subfolders(monkeypatch, directories):
     from jaxmodels.convert import hub
 
     asked = {}
@@ -444,3 +444,7 @@ def test_an_id_that_is_no_directory_goes_to_the_hub(monkeypatch, directories):
     ours = AutoTokenizer.from_pretrained("org/model", revision="v1", local_files_only=True, subfolder="sub")
     assert ours.name_or_path == asked["name"] == "org/model"
     assert (asked["revision"], asked["local_files_only"], asked["subfolder"]) == ("v1", True, "sub")
+    monkeypatch.undo()
+    ours = AutoTokenizer.from_pretrained(directories["llama3"].parent, subfolder="llama3", variant="bf16", use_fast=True)
+    assert ours.bos_token == "<|begin_of_text|>"
+    assert not {"variant", "use_fast"} & set(ours.options_to_save())

@@ -411,13 +411,16 @@ def _inputs(text: Any, pair: Any, batched: bool, words: bool) -> list:
         if len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs: every text needs its own pair")
         inputs = list(zip(texts, pairs, strict=True))
-    kind, name = ((list, tuple), "a list of words") if words else (str, "a string")
+
+    def is_text(item: Any) -> bool:
+        if words:
+            return isinstance(item, (list, tuple)) and all(isinstance(word, str) for word in item)
+        return isinstance(item, str)
+
     for i, item in enumerate(inputs):
-        parts = item if isinstance(item, tuple) or (isinstance(item, list) and not words) else (item,)
-        if words and isinstance(item, tuple) and all(isinstance(part, str) for part in item):
-            parts = (item,)
-        if not 1 <= len(parts) <= 2 or not all(isinstance(part, kind) for part in parts):
-            raise TypeError(f"text {i}: expected {name} or a pair of them, found {str(item)[:80]!r} ({type(item).__name__})")
+        if not is_text(item) and not (isinstance(item, (list, tuple)) and len(item) == 2 and all(map(is_text, item))):
+            what = "a list of words" if words else "a string"
+            raise TypeError(f"text {i}: expected {what} or a pair of them, found {str(item)[:80]!r} ({type(item).__name__})")
     return inputs
 
 
@@ -441,7 +444,8 @@ class AutoTokenizer:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
-        subfolder: str = "",
+        subfolder: str | None = None,
+        variant: str | None = None,
         local_files_only: bool = False,
         **options: Any,
     ) -> Tokenizer:
@@ -453,20 +457,17 @@ class AutoTokenizer:
 
         Args:
             path_or_id: a directory or a hub id.
-            revision, token, cache_dir, subfolder, local_files_only: as in the hub's own functions.
+            revision, token, cache_dir, subfolder, local_files_only: as in the hub's own functions; `variant` concerns weights.
             options: override tokenizer_config.json: padding_side, pad_token, chat_template, add_bos_token, ... (see `Tokenizer`).
 
-        No code of the checkpoint is run."""
+        No code of the checkpoint is run, whatever `trust_remote_code` says; `use_fast` has no effect either."""
+        from jaxmodels.convert.hub import resolve
+
         from .files import load_pretrained
 
-        path = Path(path_or_id)
-        if path.is_dir():
-            path = path / subfolder
-        else:
-            from jaxmodels.convert.hub import resolve
-
-            hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder}
-            path = Path(resolve(str(path_or_id), local_files_only=local_files_only, **hub))
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder, "variant": variant}
+        path = resolve(path_or_id, local_files_only=local_files_only, weights=False, **hub)
+        options = {key: value for key, value in options.items() if key not in ("trust_remote_code", "use_fast")}
         return load_pretrained(path, {"name_or_path": str(path_or_id), **options})
 
 
