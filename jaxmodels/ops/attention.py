@@ -8,6 +8,7 @@ Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Weights]]
+Attention = Callable[..., tuple[jax.Array, Weights]]  # its arguments: register_attention
 
 
 def causal_mask(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
@@ -55,20 +56,34 @@ def xla(
     return lax.platform_dependent(q, k, v, cpu=wide, default=attend), None
 
 
-IMPLEMENTATIONS: dict[str, Attention] = {"eager": eager, "xla": xla}
+def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:
+    """The kernel for TPU, jaxmodels.ops.splash; nobody else waits for Pallas to be imported."""
+    from jaxmodels.ops.splash import splash
+
+    return splash(*args, **kwargs)
+
+
+IMPLEMENTATIONS: dict[str, Attention] = {"eager": eager, "xla": xla, "splash": splash}
+ON_MESH = {"splash"}  # implementations that also take `rules=`
 HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
+UNPROVEN = {"cudnn": "its numbers and compiled text can be shown on an NVIDIA GPU alone, and have not been"}
 
 
-def register_attention(name: str, function: Attention) -> None:
-    """Make `function(q [B,T,N,H], k [B,S,K,H], v, q_positions [B,T], k_positions [B,S], scale) -> (out [B,T,N,H], weights or None)` available by name."""
+def register_attention(name: str, function: Attention, on_mesh: bool = False) -> None:
+    """Make `function(q [B,T,N,H], k [B,S,K,H], v, q_positions [B,T], k_positions [B,S], scale)` available by name; it returns the
+    output [B,T,N,H] and the weights [B,N,T,S] or None.
+
+    on_mesh: it also takes `rules=`, the model's sharding rules or None, as a kernel must that the compiler cannot split over devices."""
     IMPLEMENTATIONS[name] = function
+    (ON_MESH.add if on_mesh else ON_MESH.discard)(name)
 
 
 def resolve_attention(name: str | None) -> str:
     """The registered name for a config's or a caller's choice; None is `xla`. ValueError lists what is possible."""
     name = HF_NAMES.get(name or "xla", name or "xla")
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation {name!r} is not registered; possible are {', '.join(sorted(IMPLEMENTATIONS))}")
+        why = f" ({UNPROVEN[name]})" if name in UNPROVEN else ""
+        raise ValueError(f"attn_implementation {name!r} is not registered{why}; possible are {', '.join(sorted(IMPLEMENTATIONS))}")
     return name
 
 
@@ -81,9 +96,11 @@ def attention(
     *,
     scale: float | None = None,
     implementation: str = "xla",
+    rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5.
+    """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5. Kernels split by `rules`.
 
     Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q, k, v, q_positions, k_positions, scale)
+    options = {"rules": rules} if implementation in ON_MESH else {}
+    return IMPLEMENTATIONS[implementation](q, k, v, q_positions, k_positions, scale, **options)
