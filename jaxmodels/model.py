@@ -69,7 +69,9 @@ class Model(nn.Module):
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         attention = resolve_attention(self.attn_implementation or self.config.attn_implementation)
         if output_attentions and attention != "eager":
-            warnings.warn(f"attention {attention!r} returns no weights: this call runs 'eager' for output_attentions", stacklevel=3)
+            warnings.warn(
+                f"attention {attention or 'xla'!r} returns no weights: output_attentions makes this call run 'eager'", stacklevel=3
+            )
             attention = "eager"
         if attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
@@ -82,9 +84,10 @@ def check_ids(input_ids: Any, vocab_size: int) -> None:
     """Raise ValueError when concrete token ids [B,T] are not integers in 0..vocab_size-1; traced ids cannot be looked at."""
     if getattr(input_ids, "ndim", None) != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be an integer array [B,T]; found {type(input_ids).__name__} of shape {np.shape(input_ids)}")
-    if isinstance(input_ids, jax.core.Tracer) or input_ids.size == 0:
+    if isinstance(input_ids, jax.core.Tracer) or input_ids.size == 0 or not getattr(input_ids, "is_fully_addressable", True):
         return
-    low, high = int(input_ids.min()), int(input_ids.max())
+    ids = np.asarray(input_ids)  # by numpy: an array that a traced function closed over is concrete, what jax computes of it is not
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token ids run from {low} to {high}; the model's vocabulary has {vocab_size} (0..{vocab_size - 1})")
 

@@ -1,0 +1,364 @@
+"""Where our numbers and torch's stop agreeing: hidden states, logits, greedy tokens and gradients on hostile inputs.
+
+`parity(path)` runs both sides, `record(path, file)` stores torch's answers, `check(path, file)` compares with them where there is no torch.
+Truth for a padded row is torch in float32 on that row alone, unpadded. torch and transformers (the extra `test`) are imported inside functions.
+
+Axis letters: B rows, T columns, R real tokens of all rows one after another, D hidden, V vocabulary."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.ops.precision import parity_mode
+from jaxmodels.params import flatten
+
+FORMAT = "jaxmodels-parity-1"
+SAMPLE = 1 << 16  # entries of a gradient that are kept, evenly spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """input_ids and attention_mask [B,T], padded with arbitrary ids; `new_tokens` are then decoded greedily."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    new_tokens: int = 16
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The real tokens of each row."""
+        for ids, mask in zip(self.input_ids, self.attention_mask):
+            yield ids[mask.astype(bool)]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the tokens that follow another: padding before a row's first token predicts nothing."""
+        follows = np.pad(self.attention_mask[:, :-1], ((0, 0), (1, 0))) * self.attention_mask
+        return np.where(follows == 1, self.input_ids, -100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one side says. `hidden`: the embeddings and what each layer gives, [R,D] each, the last after the final norm; logits [R,V];
+    greedy [B,new_tokens]; gradients of the mean next-token loss over all rows by the file's key, a sample of each."""
+
+    hidden: tuple[np.ndarray, ...]
+    logits: np.ndarray
+    greedy: np.ndarray | None = None
+    gradients: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def hostile_inputs(vocab_size: int, max_length: int = 300, new_tokens: int = 16, seed: int = 0) -> Inputs:
+    """Four rows of very different lengths, left-padded with random tokens, none a multiple of 8 at the full 300 columns."""
+    rng = np.random.default_rng(seed)
+    T = max(max_length, 8)
+    lengths = np.array([T, T * 7 // 10 + 1, T * 3 // 10 + 3, 7])
+    ids = rng.integers(0, vocab_size, (4, T), dtype=np.int32)
+    return Inputs(ids, (np.arange(T) >= T - lengths[:, None]).astype(np.int32), new_tokens)
+
+
+def _sample(gradient: np.ndarray) -> np.ndarray:
+    flat = gradient.astype(np.float32).reshape(-1)
+    return flat[:: -(-flat.size // SAMPLE)]
+
+
+@contextmanager
+def fresh_rope(model: Any) -> Iterator[None]:
+    """Torch's dynamic rope remembers the longest sequence it has seen; afterwards `model` has forgotten what it saw inside."""
+    modules = [(m, copy.deepcopy(m)) for m in model.modules() if hasattr(m, "original_inv_freq")]
+    yield
+    for module, before in modules:
+        module.__dict__ = before.__dict__
+
+
+def torch_answers(model: Any, inputs: Inputs, *, greedy: bool = True, gradients: bool = True) -> Answers:
+    """What a torch causal LM says about each row alone, in its own dtype."""
+    import torch
+
+    hidden, logits, tokens = [], [], []
+    predicted = sum(len(row) - 1 for row in inputs.rows())
+    model.zero_grad()
+    for row in inputs.rows():
+        ids = torch.tensor(row[None], dtype=torch.long)
+        with fresh_rope(model), torch.set_grad_enabled(gradients):
+            out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            if gradients:
+                loss = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+                (loss / predicted).backward()
+        hidden.append([h[0].detach().double().numpy() for h in out.hidden_states])
+        logits.append(out.logits[0].detach().double().numpy())
+        if greedy:
+            with fresh_rope(model), torch.no_grad():
+                tokens.append(_torch_greedy(model, ids, inputs.new_tokens))
+    return Answers(
+        tuple(np.concatenate(parts) for parts in zip(*hidden)),
+        np.concatenate(logits),
+        np.stack(tokens) if greedy else None,
+        _torch_gradients(model) if gradients else {},
+    )
+
+
+def _torch_greedy(model: Any, ids: Any, new_tokens: int) -> np.ndarray:
+    """Through torch's cache, but for the ropes whose frequencies change with the length: torch's cache keeps keys turned by the old ones."""
+    import torch
+
+    kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    cached, past, length = kind not in ("dynamic", "longrope"), None, ids.shape[1]
+    for _ in range(new_tokens):
+        out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=cached)
+        past = out.past_key_values if cached else None
+        ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+    return ids[0, length:].numpy()
+
+
+def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
+    """By the keys of the file, which are not always the module's: the gradients are saved as if they were the parameters."""
+    import tempfile
+
+    from safetensors import safe_open
+
+    values = {p: p.data for p in model.parameters()}
+    sampled = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for p in values:
+            p.data = p.grad
+        try:
+            model.save_pretrained(directory)
+        finally:
+            for p, value in values.items():
+                p.data, p.grad = value, None
+        for file in sorted(Path(directory).glob("*.safetensors")):
+            with safe_open(file, framework="numpy") as tensors:
+                sampled |= {key: _sample(tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
+    return sampled
+
+
+def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True, gradients: bool = True) -> Answers:
+    """What our causal LM says about the padded batch, where the mask is 1."""
+    from jaxmodels.auto import conversion_of
+    from jaxmodels.convert.load import unload
+    from jaxmodels.generation import generate
+
+    ids, mask = jnp.asarray(inputs.input_ids), jnp.asarray(inputs.attention_mask)
+    real = inputs.attention_mask == 1
+    with parity_mode():
+        forward = jax.jit(lambda params: model.apply({"params": params}, ids, attention_mask=mask, output_hidden_states=True))
+        out = forward(params)
+        loss = lambda params: model.apply({"params": params}, ids, attention_mask=mask, labels=inputs.labels).loss
+        tokens, sampled = None, {}
+        if greedy:
+            n = inputs.new_tokens
+            tokens = generate(
+                model, params, ids, mask, do_sample=False, max_new_tokens=n, min_new_tokens=n, eos_token_id=None, pad_token_id=0
+            )
+            tokens = np.asarray(tokens.sequences[:, ids.shape[1] :])
+        if gradients:
+            tree = flatten(jax.jit(jax.grad(loss))(params))
+            rules, prefix = conversion_of(model)
+            sampled = {key: _sample(tensor.read()) for key, tensor in unload(tree, rules=rules, base_prefix=prefix).items()}
+    wide = lambda x: np.asarray(x, np.float32)[real].astype(np.float64)
+    return Answers(tuple(wide(h) for h in out.hidden_states), wide(out.logits), tokens, sampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table. `torch_error`: torch's own in float32 against float64, nan where that was not run."""
+
+    name: str
+    error: float
+    tolerance: float
+    torch_error: float = float("nan")
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # false for nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The comparison of ours with torch's. `greedy`: per row how many tokens agree before the first that does not; gradients as norms."""
+
+    layers: tuple[Row, ...]
+    logits: Row
+    greedy: tuple[int, ...]
+    new_tokens: int
+    gradients: tuple[Row, ...]
+
+    @property
+    def first_divergent(self) -> str | None:
+        """The first of embeddings, layers and logits that is over its tolerance."""
+        return next((row.name for row in (*self.layers, self.logits) if not row.passed), None)
+
+    @property
+    def greedy_equal(self) -> bool:
+        return all(n == self.new_tokens for n in self.greedy)
+
+    @property
+    def passed(self) -> bool:
+        return self.first_divergent is None and self.greedy_equal and all(row.passed for row in self.gradients)
+
+    def __str__(self) -> str:
+        def table(title: str, rows: Any) -> list[str]:
+            width = max(len(row.name) for row in rows)
+            head = f"{title:{width}}   max error   tolerance   torch f32-f64"
+            return [
+                head,
+                *(
+                    f"{r.name:{width}}   {r.error:9.2e}   {r.tolerance:9.2e}   {r.torch_error:13.2e}{'' if r.passed else '   OVER'}"
+                    for r in rows
+                ),
+            ]
+
+        lines = table("layer", (*self.layers, self.logits))
+        lines += ["", f"first layer that diverges: {self.first_divergent or 'none'}"]
+        if self.greedy:
+            agree = ", ".join(f"{n}/{self.new_tokens}" for n in self.greedy)
+            lines.append(f"greedy tokens that agree, by row: {agree}{'' if self.greedy_equal else '   OVER'}")
+        if self.gradients:
+            worst = sorted(self.gradients, key=lambda r: -np.nan_to_num(r.error / r.tolerance, nan=np.inf))
+            over = sum(not row.passed for row in worst)
+            lines += ["", f"gradients over tolerance: {over} of {len(worst)}; the worst, as norms:"]
+            lines += [
+                f"{r.name}   {r.error:.2e} (tolerance {r.tolerance:.2e}){'' if r.passed else '   OVER'}"
+                for r in worst[: max(5, min(over, 50))]
+            ]
+        return "\n".join([*lines, "", "PASSED" if self.passed else "FAILED"])
+
+
+def tolerance(reference: np.ndarray) -> float:
+    """1e-4 of the standard deviation where that is above 1, for float32."""
+    return 1e-4 * max(1.0, float(reference.std()))
+
+
+def _row(name: str, ours: np.ndarray, torch: np.ndarray, torch64: np.ndarray | None) -> Row:
+    if ours.shape != torch.shape:
+        raise ValueError(f"{name}: ours has shape {ours.shape}, torch's {torch.shape}")
+    own = float("nan") if torch64 is None else float(np.abs(torch - torch64).max())
+    return Row(name, float(np.abs(ours - torch).max()), tolerance(torch), own)
+
+
+def compare(ours: Answers, torch: Answers, torch64: Answers | None = None) -> Report:
+    """Row by row, with the tolerances of float32; gradients by name: |difference| <= 1e-4 max(|g|, 1e-3 |all gradients|)."""
+    n = len(torch.hidden) - 1
+    if len(ours.hidden) != n + 1:
+        raise ValueError(f"ours has {len(ours.hidden)} hidden states, torch {n + 1}")
+    names = ["embeddings", *(f"layer {i}" for i in range(n - 1)), f"layer {n - 1} + norm"]
+    wide = [None] * (n + 1) if torch64 is None else torch64.hidden
+    layers = tuple(_row(*x) for x in zip(names, ours.hidden, torch.hidden, wide))
+    logits = _row("logits", ours.logits, torch.logits, None if torch64 is None else torch64.logits)
+    greedy: tuple[int, ...] = ()
+    if ours.greedy is not None and torch.greedy is not None:
+        greedy = tuple(int(np.cumprod(a == b).sum()) for a, b in zip(ours.greedy, torch.greedy))
+    return Report(
+        layers, logits, greedy, 0 if torch.greedy is None else torch.greedy.shape[1], compare_gradients(ours.gradients, torch.gradients)
+    )
+
+
+def compare_gradients(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> tuple[Row, ...]:
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f"gradients of ours alone: {sorted(ours.keys() - theirs.keys())}; of torch alone: {sorted(theirs.keys() - ours.keys())}"
+        )
+    norm = lambda x: float(np.linalg.norm(x.astype(np.float64)))
+    whole = norm(np.array([norm(g) for g in theirs.values()]))
+    return tuple(Row(k, norm(ours[k] - g), 1e-4 * max(norm(g), 1e-3 * whole)) for k, g in theirs.items())
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"parity runs the checkpoint in torch too, and {error.name} is not installed: pip install 'jaxmodels[test]', "
+            "or run `parity record` on a machine that has it and `parity check` here"
+        ) from error
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval().requires_grad_(True)
+
+
+def _both_precisions(path: Path, inputs: Inputs, gradients: bool) -> tuple[Answers, Answers]:
+    model = _load_torch(path)
+    return torch_answers(model, inputs, gradients=gradients), torch_answers(model.double(), inputs, greedy=False, gradients=False)
+
+
+def _inputs_for(path: Path) -> Inputs:
+    from jaxmodels.auto import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    new = 16
+    return hostile_inputs(config.vocab_size, min(300, getattr(config, "max_position_embeddings", 300) - new), new)
+
+
+def _ours(path: Path, inputs: Inputs, gradients: bool) -> Answers:
+    from jaxmodels.auto import AutoModelForCausalLM
+
+    model, params = AutoModelForCausalLM.from_pretrained(path, dtype=jnp.float32)
+    return our_answers(model, params, inputs, gradients=gradients)
+
+
+def parity(path: str | Path, *, gradients: bool = True, **hub: Any) -> Report:
+    """Both sides of a causal LM's checkpoint in float32. `gradients` doubles the memory; hub: revision, cache_dir, … of a hub id."""
+    from jaxmodels.convert.hub import resolve
+
+    directory = resolve(path, **hub)
+    inputs = _inputs_for(directory)
+    torch32, torch64 = _both_precisions(directory, inputs, gradients)
+    return compare(_ours(directory, inputs, gradients), torch32, torch64)
+
+
+def record(path: str | Path, file: str | Path, *, gradients: bool = True, **hub: Any) -> None:
+    """Store the inputs and torch's answers in one safetensors file."""
+    from safetensors.numpy import save_file
+
+    from jaxmodels.convert.hub import resolve
+
+    directory = resolve(path, **hub)
+    inputs = _inputs_for(directory)
+    torch32, torch64 = _both_precisions(directory, inputs, gradients)
+    import torch
+    import transformers
+
+    tensors = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "greedy": torch32.greedy.astype(np.int32)}  # type: ignore[union-attr]
+    for prefix, answers in (("torch32", torch32), ("torch64", torch64)):
+        tensors |= {f"{prefix}.hidden.{i}": h.astype(np.float32) for i, h in enumerate(answers.hidden)}
+        tensors[f"{prefix}.logits"] = answers.logits.astype(np.float32)
+    tensors |= {f"gradient.{key}": g for key, g in torch32.gradients.items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, file, {"format": FORMAT, "versions": json.dumps(versions)})
+
+
+def check(path: str | Path, file: str | Path, **hub: Any) -> Report:
+    """Our model against the answers that `record` stored. CheckpointError when the file is none of those."""
+    from safetensors import SafetensorError, safe_open
+
+    from jaxmodels.convert.hub import resolve
+
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            found = (stored.metadata() or {}).get("format")
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()} if found == FORMAT else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read as a safetensors file: {error}") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{file} has format {found!r}, expected {FORMAT!r}: a file that `parity record` wrote")
+    new = tensors["greedy"].shape[1]
+    inputs = Inputs(tensors["input_ids"], tensors["attention_mask"], new)
+    gradients = {key.removeprefix("gradient."): g for key, g in tensors.items() if key.startswith("gradient.")}
+
+    def answers(prefix: str) -> Answers:
+        n = sum(key.startswith(f"{prefix}.hidden.") for key in tensors)
+        hidden = tuple(tensors[f"{prefix}.hidden.{i}"].astype(np.float64) for i in range(n))
+        return Answers(hidden, tensors[f"{prefix}.logits"].astype(np.float64), tensors["greedy"], gradients)
+
+    return compare(_ours(resolve(path, **hub), inputs, bool(gradients)), answers("torch32"), answers("torch64"))
