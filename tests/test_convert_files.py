@@ -320,7 +320,11 @@ def held():
 save(0)
 with open(os.path.join(target, "tokenizer.json"), "w") as file:
     file.write("tok")
-begun = time.perf_counter(); save(1); took = time.perf_counter() - begun
+def timed():
+    begun = time.perf_counter()
+    save(1)
+    return time.perf_counter() - begun
+took = min(timed() for _ in range(4))
 seen = []
 for trial in range(40):
     before = held()
