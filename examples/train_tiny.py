@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import sysconfig
 import time
@@ -22,10 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 
+from jaxmodels.auto import save_pretrained
+from jaxmodels.generation import GenerationConfig
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.params import count_params, init_params
+from jaxmodels.processing import Tokenizer
 from jaxmodels.training import TrainState, create_train_state, make_eval_step, make_train_step
 
 END = "<|endoftext|>"  # id 0: begins, separates and ends documents
@@ -36,7 +41,7 @@ EXCLUDED |= {"entities.py", "stringprep.py", "this.py", "html5lib", "_bundled", 
 WORDS = r"[\r\n]+| ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|[ \t\f\v]+|\s+"
 
 
-def read_sources(root: Path, limit: int | None) -> dict[str, str]:
+def read_sources(root: Path) -> dict[str, str]:
     """{relative path: text} of the modules under `root` that parse, in the order of their names."""
     texts = {}
     for path in sorted(root.rglob("*.py")):
@@ -50,8 +55,6 @@ def read_sources(root: Path, limit: int | None) -> dict[str, str]:
             continue
         if len(text) > 200:
             texts[name.as_posix()] = text
-        if limit and len(texts) == limit:
-            break
     return texts
 
 
@@ -71,12 +74,12 @@ def pieces(text: str) -> list[str]:
                 start -= 1
             cuts |= {start, node.end_lineno or start}
     edges = sorted(cuts)
-    found = ("\n".join(lines[a:b]).strip("\n") for a, b in zip(edges, edges[1:], strict=False))
+    found = ("\n".join(lines[a:b]).strip("\n") for a, b in itertools.pairwise(edges))
     return [piece + "\n" for piece in found if piece.strip()]
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
+def train_tokenizer(texts: list[str], vocab_size: int) -> Backend:
+    tokenizer = Backend(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -90,7 +93,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+def encode(tokenizer: Backend, texts: list[str]) -> np.ndarray:
     """All texts one after the other, each behind <|endoftext|>: [N] int32."""
     return np.concatenate([np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(texts)])
 
@@ -98,7 +101,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 class Corpus:
     """Modules as token streams, and the rows of every epoch as a function of the seed alone."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], seed: int):
+    def __init__(self, tokenizer: Backend, texts: list[str], seed: int):
         self.whole = [encode(tokenizer, [text]) for text in texts]
         self.cut = [encode(tokenizer, pieces(text)) for text in texts]
         self.seed = seed
@@ -138,27 +141,23 @@ def as_batch(rows: np.ndarray) -> dict[str, jax.Array]:
     return {"input_ids": ids, "labels": ids}
 
 
-def save(args: argparse.Namespace, model: LlamaForCausalLM, state: TrainState) -> None:
+def save(args: argparse.Namespace, model: LlamaForCausalLM, state: TrainState, tokenizer: Backend) -> None:
     """The Hugging Face directory: bfloat16 weights, config, tokenizer."""
-    from jaxmodels.auto import save_pretrained
-
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
-    generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_new_tokens": 128}
+    generation = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, max_new_tokens=128)
     save_pretrained(args.out / "hf", model, params, generation_config=generation)
-    (args.out / "hf" / "tokenizer.json").write_bytes((args.out / "tokenizer.json").read_bytes())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END}
-    settings |= {"model_max_length": args.length, "clean_up_tokenization_spaces": False}
-    (args.out / "hf" / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    names = {"bos_token": END, "eos_token": END, "pad_token": END}
+    Tokenizer(tokenizer, **names, model_max_length=args.length).save_pretrained(args.out / "hf")
 
 
 def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    sources = read_sources(args.source, args.modules)
+    sources = read_sources(args.source)
     texts = [text for name, text in sources.items() if not is_held_out(name)]
     kept = [text for name, text in sources.items() if is_held_out(name)] or texts[:1]
     if not (args.out / "tokenizer.json").exists():
         train_tokenizer(texts, args.vocab).save(str(args.out / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    tokenizer = Backend.from_file(str(args.out / "tokenizer.json"))
     corpus = Corpus(tokenizer, texts, args.seed)
     held = encode(tokenizer, kept)
     held = held[: len(held) // args.length * args.length].reshape(-1, args.length)
@@ -193,14 +192,15 @@ def train(args: argparse.Namespace) -> None:
         flush=True,
     )
 
-    manager = ocp.CheckpointManager(args.out.absolute() / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    log = args.out / "log.jsonl"
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    manager = ocp.CheckpointManager(args.out.absolute() / "state", options=options)
     first = manager.latest_step() or 0
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
         print(f"resumed at step {first}", flush=True)
+    log = args.out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
 
     began = last = time.monotonic()
     batches = corpus.batches(args.batch, args.length, skip=first)
@@ -224,16 +224,14 @@ def train(args: argparse.Namespace) -> None:
             last = time.monotonic()
         if step % args.save_every == 0 or step == args.steps:
             manager.save(step, args=ocp.args.StandardSave(state))
-    manager.wait_until_finished()
     manager.close()
-    save(args, model, state)
+    save(args, model, state, tokenizer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer, the log, the checkpoints and hf/")
     parser.add_argument("--source", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of .py files")
-    parser.add_argument("--modules", type=int, help="read only the first so many modules")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--mlp", type=int, default=448)

@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.ops.loss import IGNORE
+from jaxmodels.params import abstract_params
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -26,20 +27,27 @@ class TrainState:
     opt_state: Any
 
 
-def create_train_state(model: Any, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The state before the first step, with `params` raised to float32. It owns its arrays: the step donates them.
+def _shardings(model: Any, optimizer: optax.GradientTransformation) -> TrainState | None:
+    """Where the state lives when the model has rules: moments as their parameters, all else replicated. (A plain jit of
+    optimizer.init would replicate the moments.)"""
+    if model.rules is None:
+        return None
+    shapes = abstract_params(model)
+    everywhere = NamedSharding(model.rules.mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, leaf: leaf.sharding, jax.eval_shape(optimizer.init, shapes), shapes, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(everywhere, jax.tree.map(lambda leaf: leaf.sharding, shapes), opt_state)  # type: ignore[arg-type]
 
-    With rules on the model, moments are created in their parameter's sharding and all else replicated (a plain
-    jit of optimizer.init would replicate the moments)."""
+
+def create_train_state(model: Any, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before the first step, with `params` raised to float32. It owns its arrays, since the step donates them."""
+    placed = _shardings(model, optimizer)
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    shardings = None
-    if model.rules is not None:
-        everywhere = NamedSharding(model.rules.mesh, PartitionSpec())
-        shapes = jax.eval_shape(optimizer.init, params)
-        shardings = optax.tree.map_params(
-            optimizer, lambda _, leaf: leaf.sharding, shapes, params, transform_non_params=lambda _: everywhere
-        )
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init, out_shardings=shardings)(params))
+    if placed is None:
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    params = jax.device_put(params, placed.params)
+    return TrainState(jnp.zeros((), jnp.int32, device=placed.step), params, jax.jit(optimizer.init, out_shardings=placed.opt_state)(params))
 
 
 def _loss(model: Any, params: Any, batch: Batch) -> jax.Array:
@@ -63,7 +71,8 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformation) -> Call
         metrics = {"loss": loss, "tokens": _count(batch), "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    placed = _shardings(model, optimizer)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if placed is None else (placed, placed.step))
 
 
 def make_eval_step(model: Any) -> Callable[[Any, Batch], Metrics]:

@@ -1,0 +1,127 @@
+"""The train step against torch's AdamW, step by step; sharded against one device; the state's ownership and placement."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.params import flatten, init_params, unflatten
+from jaxmodels.sharding.rules import Rules, make_mesh
+from jaxmodels.training import create_train_state, make_eval_step, make_train_step
+
+SHAPE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2}
+ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+STEPS, LR = 8, 1e-2
+
+
+def torch_model(tied):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.15)
+    return model
+
+
+def tree_of(model, *, scanned):
+    """torch's parameters under our names; scanned, those of all layers stacked."""
+    flat = {name: weight.detach().numpy().copy() for name, weight in model.named_parameters()}
+    if scanned:
+        layers = SHAPE["num_hidden_layers"]
+        for name in [name for name in flat if ".layers.0." in name]:
+            rows = [flat.pop(name.replace(".layers.0.", f".layers.{i}.")) for i in range(layers)]
+            flat[name.replace(".layers.0.", f".layers.0:{layers}:1.")] = np.stack(rows)
+    return unflatten({name: jnp.asarray(leaf) for name, leaf in flat.items()})
+
+
+def batches():
+    """Ragged rows: some labels do not count, some rows end in padding, and the number of labels changes from step to step."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        ids = rng.integers(0, SHAPE["vocab_size"], (4, 37))
+        mask = np.arange(37) < rng.integers(9, 38, (4, 1))
+        labels = np.where(mask & (rng.random(ids.shape) < 0.8), ids, -100)
+        yield {"input_ids": ids, "attention_mask": mask.astype(np.int64), "labels": labels}
+
+
+@pytest.mark.parametrize(("scanned", "remat", "tied"), [(False, None, True), (True, "full", False), (True, None, True)])
+def test_equals_torch_adamw(scanned, remat, tied):
+    theirs = torch_model(tied)
+    start = {name: leaf.copy() for name, leaf in flatten(tree_of(theirs, scanned=scanned)).items()}
+    adam = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(ADAM["b1"], ADAM["b2"]), eps=ADAM["eps"], weight_decay=ADAM["weight_decay"])
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LR, **ADAM))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied), scan_layers=scanned, remat=remat)
+    step, eval_step = make_train_step(model, optimizer), make_eval_step(model)
+    state = create_train_state(model, optimizer, unflatten(start))
+    for number, batch in enumerate(batches()):
+        adam.zero_grad()
+        out = theirs(**{name: torch.from_numpy(value) for name, value in batch.items()})
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adam.step()
+        ours = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+        before = eval_step(state.params, ours)
+        state, metrics = step(state, ours)
+        assert abs(float(metrics["loss"]) - out.loss.item()) <= 1e-4
+        assert abs(float(before["loss"]) - out.loss.item()) <= 1e-4
+        assert abs(float(metrics["grad_norm"]) - norm.item()) <= 1e-4 * norm.item()
+        assert int(metrics["tokens"]) == int(before["tokens"]) == (batch["labels"][:, 1:] != -100).sum()
+        assert int(state.step) == number + 1
+    wanted, found = flatten(tree_of(theirs, scanned=scanned)), flatten(state.params)
+    assert wanted.keys() == found.keys()
+    for name, leaf in wanted.items():
+        moved, off = np.linalg.norm(leaf - start[name]), np.linalg.norm(leaf - found[name])
+        assert moved > 1e-2 * np.linalg.norm(leaf), name
+        assert off <= 1e-4 * np.linalg.norm(leaf), (name, off / moved)
+
+
+def test_bfloat16_computes_on_float32_masters():
+    """A step too small for bfloat16 parameters still arrives, because the masters are float32."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE), dtype=jnp.bfloat16)
+    given = init_params(model, jax.random.key(0), jnp.bfloat16)
+    optimizer = optax.sgd(1e-4)
+    state = create_train_state(model, optimizer, given)
+    before = jax.tree.map(np.asarray, state.params)
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in next(batches()).items()}
+    state, _ = make_train_step(model, optimizer)(state, batch)
+    moved = jax.tree.map(lambda a, b: (a.dtype == jnp.float32) and bool(np.any(np.asarray(a) != b)), state.params, before)
+    assert all(jax.tree.leaves(moved))
+    assert all(leaf.dtype == jnp.bfloat16 and not leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+@pytest.mark.parametrize(("scanned", "preset"), [(False, "fsdp+tensor"), (True, "fsdp"), (True, "fsdp+tensor")])
+def test_sharded_equals_one_device(scanned, preset):
+    """Moments live with their parameters, the step keeps every placement and compiles once, the losses agree."""
+    mesh = make_mesh(fsdp=4, tensor=2) if "tensor" in preset else make_mesh(fsdp=8)
+    rules = Rules.preset(preset, mesh)
+    config = LlamaConfig(**{**SHAPE, "vocab_size": 96})
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LR, **ADAM))
+    losses = []
+    for r in (None, rules):
+        model = LlamaForCausalLM(config, scan_layers=scanned, remat="full", rules=r)
+        state = create_train_state(model, optimizer, init_params(model, jax.random.key(1)))
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        if r is not None:
+            moments = state.opt_state[1][0]
+            cut = [leaf for leaf in jax.tree.leaves(placed.params) if not leaf.is_fully_replicated]
+            assert len(cut) > len(jax.tree.leaves(placed.params)) // 2
+            same = jax.tree.map(lambda p, m, v: p.sharding == m.sharding == v.sharding, state.params, moments.mu, moments.nu)
+            assert all(jax.tree.leaves(same))
+        step, seen = make_train_step(model, optimizer), []
+        for batch in itertools.islice(batches(), 3):
+            batch = {name: jnp.asarray(np.tile(np.where(value < 0, value, value % 96), (2, 1)), jnp.int32) for name, value in batch.items()}
+            state, metrics = step(state, batch)
+            seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        kept = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, placed)
+        assert all(jax.tree.leaves(kept))
+        assert step._cache_size() == 1
+        losses.append(seen)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
