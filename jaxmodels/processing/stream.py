@@ -70,9 +70,11 @@ class _Window:
         pieces = self.settled + self.waiting
         text = self.tokenizer.convert_tokens_to_string(pieces)
         new = text[len(self.shown) :]
-        last = self.tokenizer.convert_tokens_to_string(self.waiting[-1:])
-        # Begin the next window at the last piece, if it has text of its own to settle what a beginning strips.
-        self.settled, self.shown = (self.waiting[-1:], last) if last else (pieces, text)
+        # The next window begins with the fewest last pieces that have text, and so settle what a beginning strips.
+        self.settled, self.shown, size = [], "", 1
+        while not self.shown and len(self.settled) < len(pieces):
+            self.settled, size = pieces[-size:], 2 * size
+            self.shown = self.tokenizer.convert_tokens_to_string(self.settled)
         self.waiting = []
         return new
 
