@@ -101,7 +101,7 @@ class Step:
     layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
     fresh: bool = struct.field(pytree_node=False, default=False)  # the cache held nothing: new keys are all keys
     rules: Any = struct.field(pytree_node=False, default=None)
-    attention: str = struct.field(pytree_node=False, default="xla")
+    attention: str | None = struct.field(pytree_node=False, default=None)
     output_hidden_states: bool = struct.field(pytree_node=False, default=False)
     output_attentions: bool = struct.field(pytree_node=False, default=False)
 
@@ -135,8 +135,10 @@ def begin(shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache
     return Step(positions, keys, cache.index, fresh=cache.fresh, **static), after
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None, scale: float | None = None) -> tuple:
-    """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None."""
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None = None, **options: Any) -> tuple:
+    """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None.
+
+    options: those of jaxmodels.ops.attention.attention, such as scale and window."""
     late = rope is not None and rope.frequencies is not None
     if rope is not None:
         q = rotate(q, rope.new)
@@ -146,7 +148,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rop
         state, k, v, k_positions = state.update(k, v, step)
     if late:
         k = rotate(k, rope_table(rope.frequencies, rope.scale, k_positions, k.dtype))  # type: ignore[union-attr,arg-type]
-    out, weights = attention(q, k, v, step.positions, k_positions, scale=scale, implementation=step.attention, rules=step.rules)
+    out, weights = attention(q, k, v, step.positions, k_positions, implementation=step.attention, rules=step.rules, **options)
     return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxmodels.cache import KV, Cache
 from jaxmodels.layers import attend, begin
-from jaxmodels.ops.attention import IMPLEMENTATIONS, attention, causal_mask, register_attention, resolve_attention
+from jaxmodels.ops.attention import IMPLEMENTATIONS, attention, register_attention, resolve_attention, visible
 
 # B, T, S, N, K, H: one row, one token, one head, groups, multiple queries per single kv head, odd sizes
 SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 7), (2, 5, 5, 4, 4, 10), (3, 1, 33, 6, 2, 16), (2, 13, 29, 9, 3, 5), (1, 17, 17, 8, 1, 64)]
@@ -129,19 +129,19 @@ def test_a_padding_query_is_finite(name):
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_causal_mask_by_positions(data):
+def test_visible_by_positions(data):
     """Against the definition, for any order of the slots, empty slots and padding."""
     B, T, S = (data.draw(st.integers(1, n)) for n in (3, 5, 7))
     rows = lambda n: np.array(data.draw(st.lists(st.lists(st.integers(-1, 6), min_size=n, max_size=n), min_size=B, max_size=B)), np.int32)
     q, k = rows(T), rows(S)
-    got = np.asarray(causal_mask(q, k))
+    got = np.asarray(visible(q, k))
     assert got.shape == (B, 1, T, S)
     for b, t, s in np.ndindex(B, T, S):
         assert got[b, 0, t, s] == (k[b, s] != -1 and k[b, s] <= q[b, t])
 
 
 def test_names():
-    assert resolve_attention(None) == "xla" and resolve_attention("sdpa") == "xla" and resolve_attention("eager") == "eager"
+    assert resolve_attention(None) is None and resolve_attention("sdpa") == "xla" and resolve_attention("eager") == "eager"
     with pytest.raises(ValueError, match=r"'flash_attention_9' is not registered; possible are eager, .*xla"):
         resolve_attention("flash_attention_9")
 
@@ -152,3 +152,32 @@ def test_register(monkeypatch):
     q, k, v, qp, kp = inputs(1, 2, 4, 2, 2, 3, jnp.float32)
     got, _ = attention(q, k, v, qp, kp, implementation=resolve_attention("mean"))
     np.testing.assert_allclose(got[0, 0], v[0].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [("window",), ("bias",), ("window", "bias"), ("softcap",), ("sinks",), ("window", "softcap", "sinks")])
+def test_options(options, dtype):
+    """Against the definition, written out in float64; the implementation is chosen by what the options need."""
+    q, k, v, qp, kp = inputs(2, 5, 11, 6, 2, 10, dtype)
+    rng = np.random.default_rng(1)
+    values = {"window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
+    asked = {name: jnp.asarray(values[name], jnp.float32) if name in ("bias", "sinks") else values[name] for name in options}
+    got, _ = attention(q, k, v, qp, kp, **asked)
+    a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
+    logits = np.einsum("btnh,bsnh->bnts", a, b) / np.sqrt(10)
+    if "softcap" in options:
+        logits = 2 * np.tanh(logits / 2)
+    if "bias" in options:
+        logits = logits + values["bias"]
+    qp, kp = np.asarray(qp)[:, None, :, None], np.asarray(kp)[:, None, None]
+    seen = (kp >= 0) & (kp <= qp) & (("window" not in options) | (kp > qp - 3))
+    weights = np.where(seen, np.exp(logits), 0)
+    extra = np.exp(values["sinks"])[:, None, None] if "sinks" in options else 0
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True) + extra, 1e-30)
+    check(got, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
+
+
+def test_an_option_that_is_lacking():
+    q, k, v, qp, kp = inputs(1, 2, 4, 2, 2, 3, jnp.float32)
+    with pytest.raises(ValueError, match="'xla' has no softcap, which the model needs; possible are eager"):
+        attention(q, k, v, qp, kp, softcap=1.0, implementation="xla")

@@ -7,6 +7,7 @@ Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,37 +18,59 @@ from jax import lax
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
-Attention = Callable[..., tuple[jax.Array, Weights]]  # its arguments: register_attention
 
 
-def causal_mask(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
-    """bool [B,1,T,S]: which of the keys at [B,S] the queries at [B,T] see."""
-    keys = k_positions[:, None, None, :]
-    return (keys >= 0) & (keys <= q_positions[:, None, :, None])
+def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None = None) -> jax.Array:
+    """bool [B,1,T,S]: which of the keys at [B,S] the queries at [B,T] see; with a window, of the last `window` tokens, its own included."""
+    queries, keys = q_positions[:, None, :, None], k_positions[:, None, None, :]
+    mask = (keys >= 0) & (keys <= queries)
+    return mask if window is None else mask & (keys > queries - window)
 
 
 def eager(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, k_positions: jax.Array, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, Weights]:
     """Written out, as torch's eager attention rounds: also returns the weights [B,N,T,S]."""
     B, T, N, H = q.shape
-    K = k.shape[2]
-    logits = einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k) * scale
-    mask = causal_mask(q_positions, k_positions)
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, -1).astype(q.dtype)
-    out = einsum("bkgts,bskh->btkgh", weights, v).astype(q.dtype)
-    return out.reshape(B, T, N, -1), weights.reshape(B, N, T, -1)
+    S, K = k.shape[1:3]
+    logits = einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k).reshape(B, N, T, S) * scale
+    if softcap is not None:
+        logits = jnp.tanh(logits / softcap) * softcap
+    if bias is not None:
+        logits = logits + bias
+    logits = jnp.where(visible(q_positions, k_positions, window), logits, jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (B, N, T, 1))
+        logits = jnp.concatenate([logits, column], -1)
+    weights = jax.nn.softmax(logits, -1)[..., :S].astype(q.dtype)
+    out = einsum("bkgts,bskh->btkgh", weights.reshape(B, K, N // K, T, S), v).astype(q.dtype)
+    return out.reshape(B, T, N, -1), weights
 
 
 def xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, k_positions: jax.Array, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    scale: float,
+    window: int | None = None,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, Weights]:
     """jax.nn.dot_product_attention, compiled by XLA."""
-    mask = causal_mask(q_positions, k_positions)
+    mask = visible(q_positions, k_positions, window)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask, scale=scale, implementation="xla")
 
     if q.dtype == jnp.float32:
         return attend(q, k, v), None
@@ -63,25 +86,34 @@ def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:
     return splash(*args, **kwargs)
 
 
-IMPLEMENTATIONS: dict[str, Attention] = {"eager": eager, "xla": xla, "splash": splash}
-ON_MESH = {"splash"}  # implementations that also take `rules=`
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    function: Callable[..., tuple[jax.Array, Weights]]
+    options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, rules
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation(eager, ("window", "softcap", "bias", "sinks")),
+    "xla": Implementation(xla, ("window", "bias")),
+    "splash": Implementation(splash, ("rules",)),
+}
 HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
 UNPROVEN = {"cudnn": "its numbers and compiled text can be shown on an NVIDIA GPU alone, and have not been"}
 
 
-def register_attention(name: str, function: Attention, on_mesh: bool = False) -> None:
+def register_attention(name: str, function: Callable[..., tuple[jax.Array, Weights]], options: tuple[str, ...] = ()) -> None:
     """Make `function(q [B,T,N,H], k [B,S,K,H], v, q_positions [B,T], k_positions [B,S], scale)` available by name; it returns the
     output [B,T,N,H] and the weights [B,N,T,S] or None.
 
-    on_mesh: it also takes `rules=`, the model's sharding rules or None, as a kernel must that the compiler cannot split over devices."""
-    IMPLEMENTATIONS[name] = function
-    (ON_MESH.add if on_mesh else ON_MESH.discard)(name)
+    options: the keywords of `attention` that it also takes. `rules` are the model's sharding rules or None, for a kernel that the
+    compiler cannot split over devices; asked for another that it does not take, `attention` refuses."""
+    IMPLEMENTATIONS[name] = Implementation(function, options)
 
 
-def resolve_attention(name: str | None) -> str:
-    """The registered name for a config's or a caller's choice; None is `xla`. ValueError lists what is possible."""
-    name = HF_NAMES.get(name or "xla", name or "xla")
-    if name not in IMPLEMENTATIONS:
+def resolve_attention(name: str | None) -> str | None:
+    """The registered name for a config's or a caller's choice, None where neither chose. ValueError lists what is possible."""
+    name = HF_NAMES.get(name or "", name)
+    if name is not None and name not in IMPLEMENTATIONS:
         why = f" ({UNPROVEN[name]})" if name in UNPROVEN else ""
         raise ValueError(f"attn_implementation {name!r} is not registered{why}; possible are {', '.join(sorted(IMPLEMENTATIONS))}")
     return name
@@ -95,12 +127,27 @@ def attention(
     k_positions: jax.Array,
     *,
     scale: float | None = None,
-    implementation: str = "xla",
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    implementation: str | None = None,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5. Kernels split by `rules`.
+    """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5.
 
-    Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = {"rules": rules} if implementation in ON_MESH else {}
-    return IMPLEMENTATIONS[implementation](q, k, v, q_positions, k_positions, scale, **options)
+    window: tokens seen, the query's own included. softcap: logits are softcap·tanh(logits/softcap). bias: added to the logits,
+    broadcast to [B,N,T,S]. sinks [N]: a logit that takes its share of every softmax. implementation: None is `xla`, or `eager`
+    where that lacks an option. Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
+    asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks}
+    options = {name: value for name, value in asked.items() if value is not None}
+    if implementation is None:
+        implementation = "xla" if set(options) <= set(IMPLEMENTATIONS["xla"].options) else "eager"
+    chosen = IMPLEMENTATIONS[implementation]
+    lacking = [name for name in options if name not in chosen.options]
+    if lacking:
+        able = [name for name, other in IMPLEMENTATIONS.items() if set(options) <= set(other.options)]
+        raise ValueError(f"attention {implementation!r} has no {', '.join(lacking)}, which the model needs; possible are {', '.join(able)}")
+    if "rules" in chosen.options:
+        options["rules"] = rules
+    return chosen.function(q, k, v, q_positions, k_positions, q.shape[-1] ** -0.5 if scale is None else scale, **options)
