@@ -32,17 +32,24 @@ def param_dtype(model: Any, key: str, dtype: Any) -> Any:
     return jnp.float32 if any(re.fullmatch(pattern, key) for pattern in model.float32_params) else dtype
 
 
+def _abstract(model: Any) -> Tree:
+    return jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
+
+
+def _axes(boxed: Tree) -> Tree:
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    return jax.tree.map(lambda box: tuple(box.names) if is_box(box) else (None,) * box.ndim, boxed, is_leaf=is_box)
+
+
 def param_axes(model: Any) -> Tree:
     """The logical axis names of every parameter, a tuple per leaf, in the tree's structure."""
-    shapes = jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    return jax.tree.map(lambda box: tuple(box.names) if is_box(box) else (None,) * box.ndim, shapes, is_leaf=is_box)
+    return _axes(_abstract(model))
 
 
 def abstract_params(model: Any, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of every parameter as jax.ShapeDtypeStruct, with shardings when the model has rules. Allocates nothing."""
-    shapes = flatten(nn.unbox(jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))))
-    axes = flatten(param_axes(model))
+    boxed = _abstract(model)
+    shapes, axes = flatten(nn.unbox(boxed)), flatten(_axes(boxed))
 
     def leaf(key: str) -> jax.ShapeDtypeStruct:
         shape = shapes[key].shape
