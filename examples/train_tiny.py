@@ -146,8 +146,8 @@ def save(args: argparse.Namespace, model: LlamaForCausalLM, state: TrainState, t
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
     generation = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, max_new_tokens=128)
     save_pretrained(args.out / "hf", model, params, generation_config=generation)
-    names = {"bos_token": END, "eos_token": END, "pad_token": END}
-    Tokenizer(tokenizer, **names, model_max_length=args.length).save_pretrained(args.out / "hf")
+    named = Tokenizer(tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=args.length)
+    named.save_pretrained(args.out / "hf")
 
 
 def train(args: argparse.Namespace) -> None:
