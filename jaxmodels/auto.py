@@ -18,7 +18,10 @@ from jaxmodels.family import Family
 from jaxmodels.model import Model
 from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
 
-FAMILIES: dict[str, str | Family] = {"llama": "jaxmodels.models.llama"}
+FAMILIES: dict[str, str | Family] = {
+    "llama": "jaxmodels.models.llama",
+    "mistral": "jaxmodels.models.mistral",
+}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
 
 

@@ -70,7 +70,7 @@ class Model(nn.Module):
         attention = resolve_attention(self.attn_implementation or self.config.attn_implementation)
         if output_attentions and attention != "eager":
             warnings.warn(
-                f"attention {attention or 'xla'!r} returns no weights: output_attentions makes this call run 'eager'", stacklevel=3
+                f"attention {attention or 'xla'!r} returns no weights: this call runs 'eager' for output_attentions", stacklevel=3
             )
             attention = "eager"
         if attention_mask is not None:
@@ -170,9 +170,12 @@ class SequenceClassification(Head):
 
 
 class TokenClassification(Head):
+    head_name: ClassVar[str] = "score"  # of the attribute and in the checkpoint
+
     def setup(self) -> None:
         self.add_base()
-        self.score = Linear(self.config.num_labels, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
+        head = Linear(self.config.num_labels, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
+        setattr(self, self.head_name, head)
 
     def __call__(
         self,
@@ -186,7 +189,7 @@ class TokenClassification(Head):
     ) -> TokenClassifierOutput:
         """labels [B,T]: classes, -100 left out."""
         out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions)
-        logits = self.score(out.last_hidden_state)
+        logits = getattr(self, self.head_name)(out.last_hidden_state)
         loss = None if labels is None else cross_entropy(logits, labels)
         return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 

@@ -97,10 +97,12 @@ class LlamaBlock(nn.Module):
 
 
 class LlamaModel(Model):
+    block: ClassVar[type[nn.Module]] = LlamaBlock
+
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
-        self.layers = Layers(LlamaBlock, c, self.scan_layers, self.remat)
+        self.layers = Layers(self.block, c, self.scan_layers, self.remat)
         self.norm = RMSNorm(c.rms_norm_eps)
 
     def embeddings(self) -> Embedding:
