@@ -19,6 +19,7 @@ class Config:
     """What every config shares. `extra` keeps the keys of config.json that no field reads: saved again, not compared, not hashed."""
 
     model_type: ClassVar[str] = ""
+    spelled: ClassVar[Mapping[str, str]] = {}  # field -> its key in config.json, where that has another name; both are read
 
     vocab_size: int
     hidden_size: int
@@ -39,21 +40,30 @@ class Config:
         """One entry per layer, equal for layers of the same structure; None where the family has one kind of layer."""
         return (None,) * self.num_hidden_layers
 
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads  # type: ignore[attr-defined,no-any-return]
+
     def layer_spec(self, kind: Hashable) -> Any:
         """What a layer of that kind remembers: by default keys and values of `num_key_value_heads` heads."""
-        return KVSpec(heads=self.num_key_value_heads, head_dim=self.head_dim)  # type: ignore[attr-defined]
+        return KVSpec(heads=self.num_key_value_heads, head_dim=self.head_dim)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the contents of config.json. ValueError names what is missing or of the wrong type."""
-        values = {k: v for k, v in values.items() if k != "model_type"}
+        names = {key: name for name, key in cls.spelled.items()}
+        values = {names.get(k, k): v for k, v in values.items() if k != "model_type"}
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         if "attn_implementation" not in values:
             values["attn_implementation"] = values.pop("_attn_implementation", None)
         labels = values.get("id2label")
         values["num_labels"] = len(labels) if labels else values.get("num_labels") or 2
         if "rope_parameters" in fields:
-            values = _read_rope(values)
+            values = _read_rope(values, fields["rope_parameters"].default)
         absent = [
             n
             for n, f in fields.items()
@@ -78,7 +88,9 @@ class Config:
             new = rope.to_dict()
             old = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
             out |= {"rope_parameters": new, "rope_theta": rope.rope_theta, "rope_scaling": None if rope.rope_type == "default" else old}
-        return out
+            if rope.partial_rotary_factor != 1 or "partial_rotary_factor" in self.spelled:
+                out["partial_rotary_factor"] = rope.partial_rotary_factor
+        return {self.spelled.get(name, name): value for name, value in out.items()}
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -101,11 +113,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`, whose keys count first as in HF."""
+def _read_rope(values: dict[str, Any], default: RopeParameters) -> dict[str, Any]:
+    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`, whose keys count first as in HF. `default`: the field's,
+    for what neither says."""
     values = dict(values)
     scaling = values.pop("rope_scaling", None) or {}
-    defaults = {k: values.pop(k) for k in ("rope_theta", "partial_rotary_factor") if values.get(k) is not None}
+    names = ("rope_theta", "partial_rotary_factor")
+    defaults = {k: getattr(default, k) for k in names} | {k: values.pop(k) for k in names if values.get(k) is not None}
     found = values.get("rope_parameters")
     if not isinstance(found, RopeParameters):
         defaults["max_position_embeddings"] = values.get("max_position_embeddings", 2048)

@@ -15,7 +15,7 @@ from flax import struct
 from jaxmodels.cache import Cache, segments
 from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
-from jaxmodels.ops.norm import rms_norm
+from jaxmodels.ops.norm import layer_norm, rms_norm
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -62,6 +62,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("weight", boxed(nn.initializers.ones, ("embed",)), x.shape[-1:]), self.eps)
 
 
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm over the last axis."""
+
+    eps: float = 1e-5
+    use_weight: bool = True
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", boxed(nn.initializers.ones, ("embed",)), x.shape[-1:]) if self.use_weight else None
+        bias = self.param("bias", boxed(nn.initializers.zeros, ("embed",)), x.shape[-1:]) if self.use_bias else None
+        return layer_norm(x, weight, bias, self.eps)
+
+
 class Embedding(nn.Module):
     """torch.nn.Embedding: `weight` [num, features]. An id out of range gives nan, not a neighbour's row."""
 
@@ -99,6 +113,7 @@ class Step:
     index: jax.Array | None = None  # the cache slot of the first new token
     rope: Any = None  # Rope, or what else the family's layers look up by position
     layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
+    number: Any = 0  # the layer's place among all, an int or traced
     fresh: bool = struct.field(pytree_node=False, default=False)  # the cache held nothing: new keys are all keys
     rules: Any = struct.field(pytree_node=False, default=None)
     attention: str | None = struct.field(pytree_node=False, default=None)
@@ -107,6 +122,10 @@ class Step:
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x if self.rules is None else self.rules.constrain(x, axes)
+
+    def lookup(self, position_ids: jax.Array | None) -> jax.Array:
+        """Rows [B,T] of a table of learned positions; padding reads the first, which no token sees."""
+        return jnp.maximum(self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape), 0)
 
     def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any) -> Rope:
         """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare."""
@@ -185,7 +204,7 @@ class Layers(nn.Module):
             if repeats == 1:
                 inputs.append(x)
                 block = nn.remat(self.block, policy=remat_policy(self.remat)) if self.remat else self.block
-                x, state, w = self._make(block, kinds[start], name=str(start))(x, None if mine is None else mine[0], step)
+                x, state, w = self._make(block, kinds[start], name=str(start))(x, None if mine is None else mine[0], step.replace(number=start))
                 weights.append(w)
                 mine = (state,)
             else:
@@ -214,7 +233,7 @@ class Layers(nn.Module):
             for j, block in enumerate(blocks):
                 ins.append(x if step.output_hidden_states else None)
                 state = None if states is None else states[j]
-                x, state, w = block.apply({"params": params[j]}, x, state, step.replace(layer=layer))
+                x, state, w = block.apply({"params": params[j]}, x, state, step.replace(layer=layer, number=start + layer * period + j))
                 ws.append(w)
                 new.append(state)
             return (x, None if states is None else tuple(new)), (ins, ws)
