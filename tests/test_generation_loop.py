@@ -39,7 +39,7 @@ def test_greedy_equals_torch_row_by_row(scan_layers):
 
 def test_padding_anywhere():
     """Right padding and holes: the same continuations, the prompt echoed as it came."""
-    ids, mask = prompts()
+    ids, _ = prompts()
     right = np.stack([np.roll(row, n - T) for row, n in zip(ids, LENGTHS)])
     out = generate(*ours(), right, np.arange(T) < np.array(LENGTHS)[:, None], max_new_tokens=40, eos_token_id=NEVER)
     np.testing.assert_array_equal(out.sequences[:, :T], right)
@@ -97,7 +97,13 @@ def test_pad_defaults_to_the_first_end():
 
 def test_scores_and_logits_equal_torch():
     ids, mask = prompts()
-    options = {"max_new_tokens": 12, "repetition_penalty": 1.5, "output_scores": True, "output_logits": True, "eos_token_id": ends(3, 5, 7, 9)}
+    options = {
+        "max_new_tokens": 12,
+        "repetition_penalty": 1.5,
+        "output_scores": True,
+        "output_logits": True,
+        "eos_token_id": ends(3, 5, 7, 9),
+    }
     want, got = torch_batch(**options), generate(*ours(), ids, mask, **options)
     np.testing.assert_array_equal(got.sequences, want.sequences.numpy())
     alive = np.arange(len(want.scores))[:, None] < got.lengths
@@ -143,7 +149,15 @@ def test_samples_follow_torchs_warped_probabilities():
 def test_another_call_in_the_bucket_compiles_nothing():
     ids, mask = prompts()
     call = functools.partial(generate, *ours())
-    sampled = {"do_sample": True, "temperature": 0.9, "top_k": 5, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.1, "min_new_tokens": 2}
+    sampled = {
+        "do_sample": True,
+        "temperature": 0.9,
+        "top_k": 5,
+        "top_p": 0.8,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "min_new_tokens": 2,
+    }
     call(ids, mask, max_new_tokens=40, eos_token_id=3)
     call(ids, mask, max_new_tokens=30, key=jax.random.key(0), **sampled)
     jax.random.key(1)
@@ -170,7 +184,9 @@ def test_jit_around_generate():
     options = {"max_new_tokens": 12, "eos_token_id": ends(3, 5, 7, 9)}
     want = generate(*ours(), ids, mask, **options)
     model, params = ours()
-    jitted = jax.jit(functools.partial(generate, eos_token_id=tuple(options["eos_token_id"])), static_argnums=0, static_argnames="max_new_tokens")
+    jitted = jax.jit(
+        functools.partial(generate, eos_token_id=tuple(options["eos_token_id"])), static_argnums=0, static_argnames="max_new_tokens"
+    )
     got = jitted(model, params, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=12)
     np.testing.assert_array_equal(got.sequences[:, : want.sequences.shape[1]], want.sequences)
     assert got.sequences.shape == (4, T + 12) and (np.asarray(got.sequences[:, want.sequences.shape[1] :]) == PAD).all()

@@ -1,0 +1,109 @@
+"""Conversations: a second and third call with the returned cache, held against torch from scratch on every row's whole history."""
+
+import jax
+import numpy as np
+import pytest
+from generation_fixtures import LENGTHS, VOCAB, T, ours, prompts, torch_greedy, torch_row
+
+from jaxmodels.cache import init_cache
+from jaxmodels.generation import TurnCache, generate
+
+NEVER = VOCAB + 5
+
+
+def history():
+    ids, mask = prompts()
+    return [row[real == 1].tolist() for row, real in zip(ids, mask)]
+
+
+def user_turn(seed, lengths, padding_side="left"):
+    width = max(lengths)
+    column = np.arange(width)
+    mask = np.stack([column >= width - n if padding_side == "left" else column < n for n in lengths]).astype(int)
+    return np.random.default_rng(seed).integers(3, VOCAB, mask.shape) * mask, mask
+
+
+def answers(out, width):
+    return [row[width : width + n].tolist() for row, n in zip(out.sequences, out.lengths)]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_ragged_turns_equal_torch_from_scratch(scan_layers):
+    """Rows end at different steps, one at the very last one, one never; their next turns are of different lengths too."""
+    model, params = ours(scan_layers)
+    ids, mask = prompts()
+    rows = history()
+    eos = [torch_greedy(0)[3], torch_greedy(1)[11], torch_greedy(2)[8]]
+    out = generate(model, params, ids, mask, max_new_tokens=12, eos_token_id=eos)
+    assert len(set(out.lengths.tolist())) >= 3 and out.lengths.max() == 12
+    said = answers(out, T)
+    for turn, lengths in enumerate([(3, 40, 1, 7), (9, 2, 2, 30)]):
+        new, real = user_turn(turn, lengths, ("left", "right")[turn])
+        rows = [row + answer + part[keep == 1].tolist() for row, answer, part, keep in zip(rows, said, new, real)]
+        want = [torch_row(row, new=12, eos_token_id=eos) for row in rows]
+        out = generate(model, params, new, real, cache=out.cache, max_new_tokens=12, eos_token_id=eos)
+        np.testing.assert_array_equal(out.sequences[:, : new.shape[1]], new)
+        said = answers(out, new.shape[1])
+        assert said == want
+
+
+def test_a_call_goes_on_where_the_last_one_stopped():
+    """No new tokens at all: 10 and 10 more are the same 20, and those that a whole call gives."""
+    ids, mask = prompts()
+    first = generate(*ours(), ids, mask, max_new_tokens=10, eos_token_id=NEVER)
+    more = generate(*ours(), np.zeros((4, 0), int), cache=first.cache, max_new_tokens=10, eos_token_id=NEVER)
+    for row in range(4):
+        assert first.sequences[row, T:].tolist() + more.sequences[row].tolist() == torch_greedy(row)[:20]
+
+
+def test_a_cache_can_be_continued_twice():
+    """The cache is an argument, not a thing that a call uses up."""
+    ids, mask = prompts()
+    out = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=NEVER)
+    positions = np.array(out.cache.positions)
+    new, real = user_turn(3, (5, 2, 4, 1))
+    once, again = (generate(*ours(), new, real, cache=out.cache, max_new_tokens=5, eos_token_id=NEVER).sequences for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    np.testing.assert_array_equal(out.cache.positions, positions)
+
+
+def test_a_shared_prompt_is_read_once():
+    """A cache filled by the model itself, its rows repeated, and another question in each."""
+    model, params = ours()
+    prompt = history()[2][:60]
+    cache = model.apply({"params": params}, np.array([prompt]), cache=init_cache(model, 1, 64)).cache
+    questions, real = user_turn(4, (3, 8, 5))
+    out = generate(model, params, questions, real, cache=cache.take(np.zeros(3, int)), max_new_tokens=12, eos_token_id=NEVER)
+    for row in range(3):
+        assert answers(out, 8)[row] == torch_row(prompt + questions[row][real[row] == 1].tolist(), new=12, eos_token_id=None)
+
+
+def test_turn_under_jit():
+    """The index is traced: every slot counts as used, the numbers are the same."""
+    ids, mask = prompts()
+    out = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=NEVER)
+    new, real = user_turn(3, (5, 2, 4, 1))
+    model, params = ours()
+    run = jax.jit(lambda params, cache: generate(model, params, new, real, cache=cache, max_new_tokens=5, eos_token_id=NEVER))
+    want = generate(model, params, new, real, cache=out.cache, max_new_tokens=5, eos_token_id=NEVER)
+    np.testing.assert_array_equal(run(params, out.cache).sequences, want.sequences)
+
+
+def test_rows_of_a_turn_cache_move_together():
+    ids, mask = prompts()
+    out = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=NEVER)
+    assert isinstance(out.cache, TurnCache) and np.asarray(out.cache.unread).all()
+    order = np.array([2, 0])
+    more = generate(*ours(), np.zeros((2, 0), int), cache=out.cache.take(order), max_new_tokens=5, eos_token_id=NEVER)
+    assert [row.tolist() for row in more.sequences] == [torch_greedy(row)[5:10] for row in order]
+
+
+def test_bad_turns():
+    ids, mask = prompts()
+    out = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=NEVER)
+    with pytest.raises(ValueError, match="cache holds 4 rows and input_ids 2"):
+        generate(*ours(), ids[:2], mask[:2], cache=out.cache, max_new_tokens=5)
+    done = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=torch_greedy(0)[1])
+    assert done.lengths[0] == 2 and LENGTHS[0] == T
+    with pytest.raises(ValueError, match=r"rows \[0.*no token"):
+        generate(*ours(), np.zeros((4, 0), int), cache=done.cache, max_new_tokens=5)
