@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from flax.core import FrozenDict
 
-from jaxmodels.cache import KVSpec
+from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.ops.rope import RopeParameters
 
 
@@ -62,7 +62,7 @@ class Config:
             values["attn_implementation"] = values.pop("_attn_implementation", None)
         labels = values.get("id2label")
         values["num_labels"] = len(labels) if labels else values.get("num_labels") or 2
-        if "rope_parameters" in fields:
+        if "rope_parameters" in fields and isinstance(fields["rope_parameters"].default, RopeParameters):
             values = _read_rope(values, fields["rope_parameters"].default)
         absent = [
             n
@@ -100,6 +100,41 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedLayers:
+    """Fields of a config whose layers are of two kinds, `full_attention` and `sliding_attention`: as `layer_types` lists them, or by
+    the family's `slides`."""
+
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    def slides(self, layer: int) -> bool:
+        """Whether layer `layer` of a config without `layer_types` attends to a window."""
+        raise NotImplementedError
+
+    @property
+    def layer_kinds(self) -> tuple[Hashable, ...]:
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        kinds = self.layer_types or tuple("sliding_attention" if self.slides(i) else "full_attention" for i in range(layers))
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if len(kinds) != layers or unknown:
+            raise ValueError(
+                f"layer_types has {len(kinds)} entries{f', among them {unknown}' if unknown else ''}; expected full_attention or "
+                f"sliding_attention for each of num_hidden_layers = {layers} (or null, for the family's own order)"
+            )
+        if "sliding_attention" in kinds and self.sliding_window is None:
+            raise ValueError("layers of sliding_attention need a sliding_window; found none in the config")
+        return kinds
+
+    def window(self, kind: Hashable) -> int | None:
+        return self.sliding_window if kind == "sliding_attention" else None
+
+    def layer_spec(self, kind: Hashable) -> KVSpec | SlidingKVSpec:
+        heads, head_dim = self.num_key_value_heads, self.head_dim  # type: ignore[attr-defined]
+        window = self.window(kind)
+        return KVSpec(heads, head_dim) if window is None else SlidingKVSpec(heads, head_dim, window)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError names the file and what is wrong with it."""
     try:
@@ -123,9 +158,8 @@ def _read_rope(values: dict[str, Any], default: RopeParameters) -> dict[str, Any
     found = values.get("rope_parameters")
     if not isinstance(found, RopeParameters):
         defaults["max_position_embeddings"] = values.get("max_position_embeddings", 2048)
-        if values.get("original_max_position_embeddings"):
-            scaling = {**scaling, "original_max_position_embeddings": values["original_max_position_embeddings"]} if scaling else scaling
-        values["rope_parameters"] = RopeParameters.from_dict(scaling or found or {}, **defaults)
+        original = {k: values[k] for k in ("original_max_position_embeddings",) if values.get(k)}  # phi3's place for it
+        values["rope_parameters"] = RopeParameters.from_dict({**(scaling or found or {}), **original}, **defaults)
     return values
 
 

@@ -82,9 +82,11 @@ class Embedding(nn.Module):
     num: int
     features: int
     init_std: float = 0.02
+    axis: str | None = "vocab"
 
     def setup(self) -> None:
-        self.weight = self.param("weight", boxed(nn.initializers.normal(self.init_std), ("vocab", "embed")), (self.num, self.features))
+        init = boxed(nn.initializers.normal(self.init_std), (self.axis, "embed"))
+        self.weight = self.param("weight", init, (self.num, self.features))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         return jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
@@ -102,6 +104,7 @@ class Rope:
     new: tuple[jax.Array, jax.Array]
     frequencies: jax.Array | None = None
     scale: float = struct.field(pytree_node=False, default=1.0)
+    interleaved: bool = struct.field(pytree_node=False, default=False)  # pairs are (2i, 2i + 1)
 
 
 @struct.dataclass
@@ -127,13 +130,15 @@ class Step:
         """Rows [B,T] of a table of learned positions; padding reads the first, which no token sees."""
         return jnp.maximum(self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape), 0)
 
-    def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any) -> Rope:
-        """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare."""
+    def make_rope(
+        self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any, interleaved: bool = False
+    ) -> Rope:
+        """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare. `dtype`: of cos and sin."""
         turned = self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape)
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
         frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
         late = rope.length_dependent and self.index is not None
-        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies if late else None, scale)
+        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies if late else None, scale, interleaved)
 
 
 def begin(shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache | None, **static: Any) -> tuple[Step, Cache | None]:
@@ -160,13 +165,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rop
     options: those of jaxmodels.ops.attention.attention, such as scale and window."""
     late = rope is not None and rope.frequencies is not None
     if rope is not None:
-        q = rotate(q, rope.new)
-        k = k if late else rotate(k, rope.new)
+        q = rotate(q, rope.new, rope.interleaved)
+        k = k if late else rotate(k, rope.new, rope.interleaved)
     k_positions = step.key_positions
     if state is not None:
         state, k, v, k_positions = state.update(k, v, step)
     if late:
-        k = rotate(k, rope_table(rope.frequencies, rope.scale, k_positions, k.dtype))  # type: ignore[union-attr,arg-type]
+        table = rope_table(rope.frequencies, rope.scale, k_positions, k.dtype)  # type: ignore[union-attr,arg-type]
+        k = rotate(k, table, rope.interleaved)  # type: ignore[union-attr]
     out, weights = attention(q, k, v, step.positions, k_positions, implementation=step.attention, rules=step.rules, **options)
     return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
 
@@ -204,7 +210,9 @@ class Layers(nn.Module):
             if repeats == 1:
                 inputs.append(x)
                 block = nn.remat(self.block, policy=remat_policy(self.remat)) if self.remat else self.block
-                x, state, w = self._make(block, kinds[start], name=str(start))(x, None if mine is None else mine[0], step.replace(number=start))
+                x, state, w = self._make(block, kinds[start], name=str(start))(
+                    x, None if mine is None else mine[0], step.replace(number=start)
+                )
                 weights.append(w)
                 mine = (state,)
             else:

@@ -108,6 +108,13 @@ class LlamaModel(Model):
     def embeddings(self) -> Embedding:
         return self.embed_tokens
 
+    def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        return self.embed_tokens(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+
+    def rope(self, step: Step, position_ids: jax.Array | None) -> Any:
+        """What the layers find in step.rope."""
+        return step.make_rope(self.config.rope_parameters, self.config.head_dim, position_ids, self.dtype)
+
     def __call__(
         self,
         input_ids: jax.Array | None = None,
@@ -118,10 +125,9 @@ class LlamaModel(Model):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutput:
-        c = self.config
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
-        step = step.replace(rope=step.make_rope(c.rope_parameters, c.head_dim, position_ids, self.dtype))
-        x = self.embed_tokens(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        step = step.replace(rope=self.rope(step, position_ids))
+        x = self.embed(input_ids, inputs_embeds)
         x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)
         x = self.norm(x)
         return BaseModelOutput(

@@ -14,6 +14,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return weight.astype(x.dtype) * y.astype(x.dtype)
 
 
+def rms_norm_once(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """As rms_norm, rounded once, after the weight [D] (Gemma's and OLMo 2's order)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return (weight.astype(jnp.float32) * y).astype(x.dtype)
+
+
 def layer_norm(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, eps: float) -> jax.Array:
     """x [..., D] less its mean, over its standard deviation, times weight [D], plus bias [D], rounded once (arXiv:1607.06450)."""
     y = x.astype(jnp.float32)

@@ -145,11 +145,16 @@ def rope_table(frequencies: jax.Array, scale: float, positions: jax.Array, dtype
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x [B,T,N,H] with its first R dimensions turned: dimension i pairs with i + R/2."""
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:
+    """x [B,T,N,H] with its first R dimensions turned: dimension i pairs with i + R/2, or 2i with 2i + 1 (`interleaved`)."""
     cos, sin = table
     R = cos.shape[-1]
     head, rest = x[..., :R], x[..., R:]
-    a, b = jnp.split(head, 2, -1)
-    turned = head * cos + jnp.concatenate([-b, a], -1) * sin
+    if interleaved:
+        a, b = head[..., ::2], head[..., 1::2]
+        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(head.shape).astype(x.dtype)
+    else:
+        a, b = jnp.split(head, 2, -1)
+        turned = (head * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
     return turned if x.shape[-1] == R else jnp.concatenate([turned, rest], -1)
