@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxmodels.convert.errors import CheckpointError
 
-_TEXT = (
+TEXT_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("*.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -19,7 +19,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def _patterns(subfolder: str, variant: str | None, weights: bool) -> list[str]:
     part = f".{variant}" if variant else ""
     shards = [f"model{part}-?????-of-?????.safetensors", f"model-?????-of-?????{part}.safetensors"]
-    names = [*_TEXT, *([f"model{part}.safetensors", *shards, f"model.safetensors.index{part}.json"] if weights else [])]
+    names = [*TEXT_FILES, *([f"model{part}.safetensors", *shards, f"model.safetensors.index{part}.json"] if weights else [])]
     return [f"{subfolder}/{name}" if subfolder else name for name in names]
 
 

@@ -87,6 +87,22 @@ def load(
     return {name: arrays[name] for name in expected}, report
 
 
+def canonical(
+    source: Mapping[str, Tensor],
+    expected: Mapping[str, Any],
+    *,
+    rules: Sequence[Op] = (),
+    base_prefix: str = "",
+    where: str = "the checkpoint",
+) -> dict[str, Tensor]:
+    """The file's own tensors, lazily, under the keys it would be written with, after the checks of `load`: file to file, nothing held."""
+    wanted, base = _to_file({name: as_tensor(spec) for name, spec in expected.items()}, rules, base_prefix)
+    tensors, _, _ = _canonical(source, wanted, rules, base_prefix)
+    _check(tensors, wanted, base_prefix, False, where)
+    bare = lambda key: key.removeprefix(f"{base_prefix}.") if base else key
+    return {bare(key): tensors[key] for key in sorted(wanted, key=_reading_order)}
+
+
 def unload(params: Mapping[str, Any], *, rules: Sequence[Op] = (), base_prefix: str = "") -> dict[str, Tensor]:
     """The file's tensors, lazily, for a tree of arrays (or shapes): scanned layers unrolled, rules inverted, in reading order."""
     tensors, base = _to_file({name: as_tensor(array) for name, array in params.items()}, rules, base_prefix)

@@ -19,6 +19,7 @@ from jaxmodels.model import Model
 from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
 
 FAMILIES: dict[str, str | Family] = {
+    "gpt2": "jaxmodels.models.gpt2",
     "llama": "jaxmodels.models.llama",
     "mistral": "jaxmodels.models.mistral",
 }
@@ -133,7 +134,7 @@ def from_pretrained(
     config = read_config(directory, overrides)
     cls = task.class_for(config) if issubclass(task, _AutoClass) else task
     source = read_checkpoint(directory, variant=variant)
-    stored = _main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
+    stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
     model = cls(
         config,
         dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
@@ -176,14 +177,17 @@ def save_pretrained(
 
     rules, prefix = conversion_of(model)
     tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    dtype = str(_main_dtype(tensors))
-    config |= {"dtype": dtype, "torch_dtype": dtype}
-    files = {"config.json": _json(config)}
-    generation = thaw(model.config.generation_config) if generation_config is None else generation_config.to_dict()
-    if generation:
-        files["generation_config.json"] = _json(generation)
+    files = json_files(model, tensors, generation_config)
     write_checkpoint(path, tensors, max_shard_size=max_shard_size, variant=variant, files=files, progress=progress)
+
+
+def json_files(model: Model, tensors: Mapping[str, Any], generation_config: Any = None) -> dict[str, str]:
+    """config.json and, where there is one, generation_config.json for a checkpoint of these tensors."""
+    dtype = str(main_dtype(tensors))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
+    generation = thaw(model.config.generation_config) if generation_config is None else generation_config.to_dict()
+    contents = {"config.json": config, "generation_config.json": generation}
+    return {name: json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n" for name, values in contents.items() if values}
 
 
 def conversion_of(model: Model) -> tuple[list[Any], str]:
@@ -209,17 +213,13 @@ def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
+def main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
     """The floating dtype that holds most of the bytes."""
     sizes: dict[np.dtype, int] = {}
     for tensor in tensors.values():
         if jnp.issubdtype(tensor.dtype, jnp.floating):
             sizes[np.dtype(tensor.dtype)] = sizes.get(np.dtype(tensor.dtype), 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=np.dtype(np.float32))
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _resolve(path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

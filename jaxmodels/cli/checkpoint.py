@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # makes np.dtype("bfloat16") a name
+import numpy as np
 from jax.sharding import AbstractMesh
 
-from jaxmodels.auto import AutoConfig, AutoModelForCausalLM, find_family
+from jaxmodels.auto import AutoConfig, AutoModelForCausalLM, conversion_of, find_family, json_files, main_dtype, read_config
 from jaxmodels.cli.main import hub_options
-from jaxmodels.convert.files import read_checkpoint
-from jaxmodels.convert.hub import resolve
-from jaxmodels.params import abstract_params, flatten
+from jaxmodels.convert.files import read_checkpoint, write_checkpoint
+from jaxmodels.convert.hub import TEXT_FILES, resolve
+from jaxmodels.convert.load import canonical, load, unload
+from jaxmodels.convert.orbax import is_orbax, restore_orbax, save_orbax
+from jaxmodels.convert.tensors import Cast
+from jaxmodels.params import abstract_params, flatten, param_dtype
 from jaxmodels.sharding import Rules
 
 
@@ -26,11 +34,40 @@ def human(size: float) -> str:
     return f"{size:.2f} TB"
 
 
-def model_class(config: Any, values: Any) -> Any:
-    """The class that wrote a checkpoint, by its `architectures`; the causal model, or the first known, where that names none of ours."""
+def _class(config: Any) -> Any:
+    """The class that wrote a checkpoint, by its `architectures`; the causal model where that names none of ours."""
     classes = {cls.__name__: cls for cls in find_family(config.model_type).classes.values()}
-    named = [classes[name] for name in values.get("architectures") or () if name in classes]
+    named = [classes[name] for name in config.extra.get("architectures") or () if name in classes]
     return named[0] if named else AutoModelForCausalLM.class_for(config)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Safetensors to safetensors streams, one tensor in memory at a time; an Orbax checkpoint is in memory as a whole."""
+    if args.scan and args.format != "orbax":
+        raise ValueError("--scan stacks the layers of an Orbax checkpoint: add --format orbax; safetensors hold each layer by itself")
+    hub = hub_options(args)
+    directory = Path(args.source) if is_orbax(args.source) else resolve(args.source, **hub)
+    config = read_config(directory)
+    model = _class(config)(config, scan_layers=args.scan)
+    rules, prefix = conversion_of(model)
+    if is_orbax(directory):
+        source = unload(restore_orbax(directory)[0], rules=rules, base_prefix=prefix)
+    else:
+        source = read_checkpoint(directory, variant=hub.get("variant"))
+    expected = flatten(abstract_params(model, main_dtype(source) if args.dtype == "auto" else args.dtype))
+    if args.format == "orbax":
+        params, _ = load(source, expected, rules=rules, base_prefix=prefix, keep_dtypes=args.dtype == "auto", where=str(directory))
+        save_orbax(args.destination, params, json.loads(json_files(model, params)["config.json"]))
+    else:
+        tensors = canonical(source, expected, rules=rules, base_prefix=prefix, where=str(directory))
+        if args.dtype != "auto":
+            tensors = {key: Cast(tensor, param_dtype(model, key, np.dtype(args.dtype))) for key, tensor in tensors.items()}
+        write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files=json_files(model, tensors))
+    for pattern in TEXT_FILES:
+        for file in directory.glob(pattern):
+            if file.name not in ("config.json", "generation_config.json"):
+                (Path(args.destination) / file.relative_to(directory)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, Path(args.destination) / file.relative_to(directory))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -42,7 +79,7 @@ def info(args: argparse.Namespace) -> None:
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] += tensor.nbytes
         numbers[str(tensor.dtype)] += tensor.size
-    cls = model_class(config, config.extra)
+    cls = _class(config)
     print(f"{directory}: {config.model_type}, {cls.__name__}")
     print(f"parameters  {numbers.total():,} in {len(tensors)} tensors")
     for dtype in sizes:

@@ -1,0 +1,140 @@
+"""The command as a user runs it, on a small checkpoint of torch's."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tester import tensors
+
+from jaxmodels.cli.main import main
+from jaxmodels.processing import train_bpe
+
+TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n"] * 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    tokenizer = train_bpe(TEXTS, 300, special_tokens=["<|end|>"], eos_token="<|end|>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run(capsys, *args):
+    status = main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+
+def test_generate_streams_one_prompt(checkpoint, capsys):
+    status, out, err = run(capsys, "generate", "def add", "--model", checkpoint, "--max-new-tokens", 7)
+    assert status == 0
+    assert out.startswith("def add")
+    assert err.strip().endswith("tokens/s") and err.startswith("7 tokens in")
+
+
+def test_generate_a_batch_from_a_file(checkpoint, capsys, tmp_path):
+    prompts = ["def add(a", "for i in range(10): print", "x"]
+    (tmp_path / "prompts").write_text("\n".join([prompts[0], json.dumps({"prompt": prompts[1]}), prompts[2]]))
+    status, _, err = run(
+        *(capsys, "generate", "--model", checkpoint, "--file", tmp_path / "prompts", "--jsonl", tmp_path / "out", "--max-new-tokens", 5),
+        *("--batch-size", 2),
+    )
+    assert status == 0 and "15 tokens" in err
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts and all(row["tokens"] == 5 for row in rows)
+    alone = run(capsys, "generate", prompts[0], "--model", checkpoint, "--jsonl", "-", "--max-new-tokens", 5)
+    assert json.loads(alone[1])["text"] == rows[0]["text"]  # batch mates change nothing
+
+
+def test_generate_from_standard_input_samples_by_seed(checkpoint, capsys, monkeypatch):
+    texts = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("def\n"))
+        options = ("--sample", "--seed", seed, "--top-k", 40, "--top-p", 0.95, "--temperature", 1.5, "--max-new-tokens", 12)
+        texts.append(run(capsys, "generate", "--model", checkpoint, *options)[1])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_chat_keeps_the_conversation(checkpoint, capsys, monkeypatch):
+    lines = iter(["def add", "return", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, out, err = run(capsys, "chat", "--model", checkpoint, "--system", "code", "--max-new-tokens", 4)
+    assert status == 0 and err.count("tokens/s") == 2 and out
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_convert_to_orbax_and_back(checkpoint, capsys, tmp_path, scan):
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    assert run(capsys, "convert", checkpoint, orbax, "--format", "orbax", *(["--scan"] if scan else []))[0] == 0
+    assert run(capsys, "convert", orbax, back)[0] == 0
+    assert tensors(back) == tensors(checkpoint)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_convert_dtype_and_shards(checkpoint, capsys, tmp_path):
+    assert run(capsys, "convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16", "--max-shard-size", "20KB")[0] == 0
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+    ours, theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in (tmp_path / "half", checkpoint)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_info(checkpoint, capsys):
+    _, out, _ = run(capsys, "info", checkpoint, "--mesh", "fsdp=2,tensor=2")
+    size = sum(np.prod(shape) for _, shape, _ in tensors(checkpoint).values())
+    assert f"{size:,} in 20 tensors" in out and "LlamaForCausalLM" in out and "4 devices" in out
+
+
+def test_parity(checkpoint, capsys, tmp_path):
+    status, out, _ = run(capsys, "parity", checkpoint)
+    assert status == 0, out
+    assert run(capsys, "parity", "record", checkpoint, tmp_path / "answers")[0] == 0
+    assert run(capsys, "parity", "check", checkpoint, tmp_path / "answers")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "x", "--model", "nowhere/at-all"], "nowhere/at-all"),
+        (["info", "MODEL", "--mesh", "fsdp"], "fsdp=4,tensor=2"),
+        (["convert", "MODEL", "out", "--scan"], "--format orbax"),
+        (["parity", "a", "b", "c", "d"], "parity record PATH FILE"),
+    ],
+)
+def test_errors_are_one_line(checkpoint, capsys, monkeypatch, args, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, out, err = run(capsys, *[checkpoint if arg == "MODEL" else arg for arg in args])
+    assert status == 1 and message in err and err.startswith("jaxmodels: ") and not out
+
+
+def test_imports_are_light():
+    """import jaxmodels and the parser: no torch, no transformers, nothing heavy."""
+    code = "import sys, jaxmodels; from jaxmodels.cli.main import build_parser; build_parser(); print(*[m for m in ('torch', 'transformers', 'jax') if m in sys.modules])"
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=os.environ, check=True)
+    assert out.stdout.strip() == ""
