@@ -101,6 +101,28 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Config):
+    """A decoder with rotary positions."""
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int = None  # type: ignore[assignment]  # as many as query heads
+    head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters = RopeParameters()
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedLayers:
     """Fields of a config whose layers are of two kinds, `full_attention` and `sliding_attention`: as `layer_types` lists them, or by
     the family's `slides`."""

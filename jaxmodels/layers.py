@@ -56,10 +56,11 @@ class Linear(nn.Module):
 
 class RMSNorm(nn.Module):
     eps: float
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("weight", boxed(nn.initializers.ones, ("embed",)), x.shape[-1:]), self.eps)
+        return rms_norm(x, self.param("weight", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:]), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -68,11 +69,12 @@ class LayerNorm(nn.Module):
     eps: float = 1e-5
     use_weight: bool = True
     use_bias: bool = True
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", boxed(nn.initializers.ones, ("embed",)), x.shape[-1:]) if self.use_weight else None
-        bias = self.param("bias", boxed(nn.initializers.zeros, ("embed",)), x.shape[-1:]) if self.use_bias else None
+        weight = self.param("weight", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:]) if self.use_weight else None
+        bias = self.param("bias", boxed(nn.initializers.zeros, (self.axis,)), x.shape[-1:]) if self.use_bias else None
         return layer_norm(x, weight, bias, self.eps)
 
 

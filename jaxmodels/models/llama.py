@@ -12,17 +12,16 @@ import jax
 from flax import linen as nn
 
 from jaxmodels.cache import Cache
-from jaxmodels.config import Config
+from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Ignore
 from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import Embedding, Layers, Linear, RMSNorm, Step, activation, attend
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
-from jaxmodels.ops.rope import RopeParameters
 from jaxmodels.outputs import BaseModelOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(Config):
+class LlamaConfig(DecoderConfig):
     model_type: ClassVar[str] = "llama"
 
     vocab_size: int = 32000
@@ -30,28 +29,14 @@ class LlamaConfig(Config):
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = None  # type: ignore[assignment]  # as many as query heads
-    head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_parameters: RopeParameters = RopeParameters()
     attention_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
-
-    def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
 
 
 class LlamaAttention(nn.Module):
