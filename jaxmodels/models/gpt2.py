@@ -1,0 +1,174 @@
+"""GPT-2 (Radford et al. 2019, Language Models are Unsupervised Multitask Learners): learned positions, norms before each half.
+
+Axis letters: B batch, T tokens, D hidden, N heads, H head dim, F mlp."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from jaxmodels.cache import Cache
+from jaxmodels.config import Config
+from jaxmodels.convert.rules import Ignore, Op, Split, Transpose
+from jaxmodels.family import Family, tied_head
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
+from jaxmodels.outputs import BaseModelOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config(Config):
+    model_type: ClassVar[str] = "gpt2"
+    spelled: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    max_position_embeddings: int = 1024
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    bos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
+
+    @property
+    def residual_std(self) -> float:
+        """Of the initial weights that end in the residual stream: smaller the deeper the model."""
+        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
+
+class GPT2Attention(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
+        c = self.config
+        (B, T, D), N, H = x.shape, c.num_attention_heads, c.head_dim
+        dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
+        q = dense(D, ("heads", "embed"), name="q_proj")(x).reshape(B, T, N, H)
+        k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
+        v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
+        q = step.constrain(q, "batch", "seq", "act_heads", None)
+        if c.scale_attn_by_inverse_layer_idx:
+            q = q / (step.number + 1)
+        out, state, weights = attend(q, k, v, state, step, scale=None if c.scale_attn_weights else 1.0)  # [B, T, N*H]
+        return dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out), state, weights
+
+
+class GPT2MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        c = self.config
+        dense = partial(Linear, use_bias=True)
+        h = dense(c.n_inner or 4 * c.hidden_size, ("mlp", "embed"), init_std=c.initializer_range, name="c_fc")(x)  # [B, T, F]
+        h = step.constrain(activation(c.activation_function)(h), "batch", "seq", "act_mlp")
+        return dense(c.hidden_size, ("embed", "mlp"), init_std=c.residual_std, name="c_proj")(h)
+
+
+class GPT2Block(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
+        norm = partial(LayerNorm, self.config.layer_norm_epsilon)
+        x = step.constrain(x, "batch", "seq", "act_embed")
+        h, state, weights = GPT2Attention(self.config, name="attn")(norm(name="ln_1")(x), state, step)
+        x = x + h
+        x = x + GPT2MLP(self.config, name="mlp")(norm(name="ln_2")(x), step)
+        return x, state, weights
+
+
+class GPT2Model(Model):
+    block: ClassVar[type[nn.Module]] = GPT2Block
+
+    def setup(self) -> None:
+        c = self.config
+        self.wte = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
+        self.wpe = Embedding(c.max_position_embeddings, c.hidden_size, c.initializer_range, axis=None)
+        self.h = Layers(self.block, c, self.scan_layers, self.remat)
+        self.ln_f = LayerNorm(c.layer_norm_epsilon)
+
+    def embeddings(self) -> Embedding:
+        return self.wte
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        cache: Cache | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
+        x = self.wte(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        x = x + self.wpe(step.lookup(position_ids), self.dtype)
+        x, states, inputs, weights = self.h(x, None if cache is None else cache.layers, step)
+        x = self.ln_f(x)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            cache=None if cache is None else cache.replace(layers=states),
+            hidden_states=(*inputs, x) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+
+class GPT2LMHeadModel(CausalLM):
+    base = GPT2Model
+    base_name = "transformer"
+
+
+class GPT2ForSequenceClassification(SequenceClassification):
+    base = GPT2Model
+    base_name = "transformer"
+
+
+class GPT2ForTokenClassification(TokenClassification):
+    base = GPT2Model
+    base_name = "transformer"
+    head_name = "classifier"
+
+
+class GPT2ForQuestionAnswering(QuestionAnswering):
+    base = GPT2Model
+    base_name = "transformer"
+
+
+def rules(config: GPT2Config) -> tuple[Op, ...]:
+    """The file has Conv1D weights [in, out], queries, keys and values in one."""
+    layer, D = "transformer.h.*", config.hidden_size
+    return (
+        Ignore((f"{layer}.attn.bias", f"{layer}.attn.masked_bias")),
+        *(Transpose(f"{layer}.{name}.weight") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
+        Split(f"{layer}.attn.c_attn.*", tuple(f"{layer}.attn.{n}_proj.*" for n in "qkv"), (D, D, D)),
+        *tied_head(config, embeddings="transformer.wte.weight"),
+    )
+
+
+FAMILY = Family(
+    config=GPT2Config,
+    classes={
+        "AutoModel": GPT2Model,
+        "AutoModelForCausalLM": GPT2LMHeadModel,
+        "AutoModelForSequenceClassification": GPT2ForSequenceClassification,
+        "AutoModelForTokenClassification": GPT2ForTokenClassification,
+        "AutoModelForQuestionAnswering": GPT2ForQuestionAnswering,
+    },
+    rules=rules,
+)
