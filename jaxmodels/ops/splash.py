@@ -5,7 +5,7 @@ enough when the keys are the queries' own tokens (T == S: no cache, or a fresh o
 rise with their column, so `position of key <= position of query` is `column of key <= column of query`, and the keys at -1 are
 left out by segment ids, 1 for real tokens and 0 for padding. Padding sees padding, itself at least, and so is finite.
 
-Axis letters: B batch, T tokens, N query heads, K kv heads, G = N/K, H head dim."""
+Axis letters: B batch, T tokens, N query heads, K kv heads, G = N/K, H head dim (padded to a multiple of 128, as the length is)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def splash(
         q_positions = q_positions + _zero_on_tpu.bind()
     if q.shape[1] != k.shape[1]:
         return xla(q, k, v, q_positions, k_positions, scale)
-    (B, T, N, H), K = q.shape, k.shape[2]
+    (B, T, N, _), K = q.shape, k.shape[2]
     batch, heads, seq = (None, None, None) if rules is None else rules.spec(("batch", "act_heads", "seq"), (B, N, T))
     pieces = lambda axes: math.prod(rules.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
     mine, G = N // pieces(heads), N // K
@@ -87,7 +87,8 @@ def splash(
     block = _up(-(-rows // blocks))
     length = pieces(seq) * blocks * block
     # the TPU multiplies bfloat16 in one precision only; where more is asked for (jm.parity_mode) the operands go up
-    dtype = jnp.float32 if jax.config.jax_default_matmul_precision in ("highest", "float32") else q.dtype
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    dtype = jnp.float32 if precision in ("highest", "float32") else q.dtype
 
     def tile(x: jax.Array) -> jax.Array:
         width = _up(x.shape[-1])
@@ -97,7 +98,7 @@ def splash(
     real = [jnp.pad((p >= 0).astype(jnp.int32), ((0, 0), (0, length - T))) for p in (q_positions, k_positions)]
     kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([_Causal((length, length))]),
-        block_sizes=kernels.BlockSizes(*[block] * 8),
+        block_sizes=kernels.BlockSizes(*[block] * 8),  # type: ignore[arg-type]  # queries and keys, forward and backward
         head_shards=1,
         q_seq_shards=pieces(seq),
         interpret=interpret,
