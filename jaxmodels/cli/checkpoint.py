@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  # makes np.dtype("bfloat16") a name
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from jaxmodels.auto import AutoConfig, AutoModelForCausalLM, conversion_of, find_family, json_files, main_dtype, read_config
+from jaxmodels.auto import AutoModelForCausalLM, conversion_of, find_family, json_files, main_dtype, read_config
 from jaxmodels.cli.main import hub_options
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.hub import TEXT_FILES, resolve
@@ -73,7 +73,8 @@ def convert(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     hub = hub_options(args)
     directory = resolve(args.path, **hub)
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
+    rules = _rules(args.mesh, args.rules) if args.mesh else None
     tensors = read_checkpoint(directory, variant=hub.get("variant"))
     sizes, numbers = Counter[str](), Counter[str]()
     for tensor in tensors.values():
@@ -85,21 +86,21 @@ def info(args: argparse.Namespace) -> None:
     for dtype in sizes:
         print(f"{dtype:<11} {numbers[dtype]:,} numbers, {human(sizes[dtype])}")
     print(f"total       {human(sizes.total())}")
-    if args.mesh:
-        _per_device(cls, config, max(sizes, key=lambda dtype: sizes[dtype]), args.mesh, args.rules)
+    if rules is not None:
+        leaves = flatten(abstract_params(cls(config, rules=rules), main_dtype(tensors))).values()
+        held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.sharding.is_fully_replicated)
+        print(f"mesh        {args.mesh}: {rules.mesh.size} devices, rules {args.rules}")
+        print(f"per device  {human(held)} of parameters, {human(whole)} of them replicated")
 
 
-def _per_device(cls: Any, config: Any, dtype: str, text: str, preset: str) -> None:
+def _rules(mesh: str, preset: str) -> Rules:
+    """The preset over a mesh of the named sizes, whose devices need not exist."""
     try:
-        mesh = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        sizes = {name: int(size) for name, size in (part.split("=") for part in mesh.split(","))}
     except ValueError:
-        raise ValueError(f"--mesh {text!r}: expected sizes such as fsdp=4,tensor=2") from None
-    rules = Rules.preset(preset, AbstractMesh(tuple(mesh.values()), tuple(mesh)))
-    leaves = flatten(abstract_params(cls(config, rules=rules), dtype)).values()
-    shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.sharding.is_fully_replicated)
-    print(f"mesh        {text} ({math.prod(mesh.values())} devices), rules {preset}")
-    print(f"per device  {human(sum(map(shard, leaves)))} of parameters, {human(whole)} of them replicated")
+        raise ValueError(f"--mesh {mesh!r}: expected sizes such as fsdp=4,tensor=2") from None
+    return Rules.preset(preset, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
 
 def parity(args: argparse.Namespace) -> int:
