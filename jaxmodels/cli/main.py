@@ -31,7 +31,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    sample = "draw tokens instead of taking the likeliest; default: as the checkpoint's generation_config.json says"
+    parser.add_argument("--sample", action=argparse.BooleanOptionalAction, help=sample)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)

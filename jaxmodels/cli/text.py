@@ -31,9 +31,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """generate's keyword arguments: what was asked for on the command line, the checkpoint's defaults for the rest."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample, "key": jax.random.key(args.seed), **options}
+    asked = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    asked |= {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
+    return {"key": jax.random.key(args.seed), **{name: value for name, value in asked.items() if value is not None}}
 
 
 def _rate(tokens: int, seconds: float) -> str:
