@@ -1,7 +1,8 @@
 """Where our numbers and torch's stop agreeing: hidden states, logits, greedy tokens and gradients on hostile inputs.
 
-`parity(path)` runs both sides, `record(path, file)` stores torch's answers, `check(path, file)` compares with them where there is no torch.
-Truth for a padded row is torch in float32 on that row alone, unpadded. torch and transformers (the extra `test`) are imported inside functions.
+`parity(path)` runs both sides, `record(path, file)` stores torch's answers, `check(path, file)` compares with them where there is no
+torch. Truth for a padded row is torch in float32 on that row alone, unpadded. torch and transformers (the extra `test`) are imported
+inside functions.
 
 Axis letters: B rows, T columns, R real tokens of all rows one after another, D hidden, V vocabulary."""
 
@@ -12,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from jaxmodels.params import flatten
 
 FORMAT = "jaxmodels-parity-1"
 SAMPLE = 1 << 16  # entries of a gradient that are kept, evenly spread
+# Whatever the checkpoint's generation_config says.
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0, "eos_token_id": -1, "pad_token_id": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +102,8 @@ def torch_answers(model: Any, inputs: Inputs, *, greedy: bool = True, gradients:
         hidden.append([h[0].detach().double().numpy() for h in out.hidden_states])
         logits.append(out.logits[0].detach().double().numpy())
         if greedy:
-            with fresh_rope(model), torch.no_grad():
-                tokens.append(_torch_greedy(model, ids, inputs.new_tokens))
+            with fresh_rope(model), _plain_generation(model, inputs.new_tokens) as options:
+                tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(row) :].numpy())
     return Answers(
         tuple(np.concatenate(parts) for parts in zip(*hidden)),
         np.concatenate(logits),
@@ -108,17 +112,16 @@ def torch_answers(model: Any, inputs: Inputs, *, greedy: bool = True, gradients:
     )
 
 
-def _torch_greedy(model: Any, ids: Any, new_tokens: int) -> np.ndarray:
-    """Through torch's cache, but for the ropes whose frequencies change with the length: torch's cache keeps keys turned by the old ones."""
-    import torch
+@contextmanager
+def _plain_generation(model: Any, new_tokens: int) -> Iterator[dict[str, Any]]:
+    """Options of greedy decoding, whatever the checkpoint's generation_config says. No cache with ropes whose frequencies change with
+    the length: torch's keeps keys that were turned by the old ones."""
+    from transformers import GenerationConfig
 
     kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
-    cached, past, length = kind not in ("dynamic", "longrope"), None, ids.shape[1]
-    for _ in range(new_tokens):
-        out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=cached)
-        past = out.past_key_values if cached else None
-        ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
-    return ids[0, length:].numpy()
+    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    yield {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": kind not in ("dynamic", "longrope")}
+    model.generation_config = own
 
 
 def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
@@ -143,31 +146,36 @@ def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
     return sampled
 
 
+@lru_cache(maxsize=8)
+def program(model: Any, gradients: bool) -> Any:
+    """Jitted: (params, input_ids, attention_mask, labels) -> (hidden states, logits), gradients or None."""
+
+    def run(params: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple]:
+        out = model.apply({"params": params}, ids, attention_mask=mask, labels=labels, output_hidden_states=True)
+        return out.loss, (out.hidden_states, out.logits)
+
+    both = jax.value_and_grad(run, has_aux=True)
+    return jax.jit(lambda *x: ((y := both(*x))[0][1], y[1]) if gradients else (run(*x)[1], None))
+
+
 def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True, gradients: bool = True) -> Answers:
     """What our causal LM says about the padded batch, where the mask is 1."""
     from jaxmodels.auto import conversion_of
     from jaxmodels.convert.load import unload
     from jaxmodels.generation import generate
 
-    ids, mask = jnp.asarray(inputs.input_ids), jnp.asarray(inputs.attention_mask)
-    real = inputs.attention_mask == 1
+    ids, mask = inputs.input_ids, inputs.attention_mask
+    tokens, sampled = None, {}
     with parity_mode():
-        forward = jax.jit(lambda params: model.apply({"params": params}, ids, attention_mask=mask, output_hidden_states=True))
-        out = forward(params)
-        loss = lambda params: model.apply({"params": params}, ids, attention_mask=mask, labels=inputs.labels).loss
-        tokens, sampled = None, {}
+        (hidden, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels)
         if greedy:
-            n = inputs.new_tokens
-            tokens = generate(
-                model, params, ids, mask, do_sample=False, max_new_tokens=n, min_new_tokens=n, eos_token_id=None, pad_token_id=0
-            )
-            tokens = np.asarray(tokens.sequences[:, ids.shape[1] :])
-        if gradients:
-            tree = flatten(jax.jit(jax.grad(loss))(params))
-            rules, prefix = conversion_of(model)
-            sampled = {key: _sample(tensor.read()) for key, tensor in unload(tree, rules=rules, base_prefix=prefix).items()}
-    wide = lambda x: np.asarray(x, np.float32)[real].astype(np.float64)
-    return Answers(tuple(wide(h) for h in out.hidden_states), wide(out.logits), tokens, sampled)
+            result = generate(model, params, ids, mask, max_new_tokens=inputs.new_tokens, **GREEDY)
+            tokens = np.asarray(result.sequences[:, ids.shape[1] :])
+    if gradients:
+        rules, prefix = conversion_of(model)
+        sampled = {key: _sample(tensor.read()) for key, tensor in unload(flatten(tree), rules=rules, base_prefix=prefix).items()}
+    wide = lambda x: np.asarray(x, np.float32)[mask == 1].astype(np.float64)
+    return Answers(tuple(wide(h) for h in hidden), wide(logits), tokens, sampled)
 
 
 @dataclasses.dataclass(frozen=True)

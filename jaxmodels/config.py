@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from flax.core import FrozenDict
 
 from jaxmodels.cache import KVSpec, SlidingKVSpec
-from jaxmodels.ops.rope import RopeParameters
+from jaxmodels.ops.rope import ORIGINAL_LENGTH, RopeParameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,8 +180,10 @@ def _read_rope(values: dict[str, Any], default: RopeParameters) -> dict[str, Any
     found = values.get("rope_parameters")
     if not isinstance(found, RopeParameters):
         defaults["max_position_embeddings"] = values.get("max_position_embeddings", 2048)
-        original = {k: values[k] for k in ("original_max_position_embeddings",) if values.get(k)}  # phi3's place for it
-        values["rope_parameters"] = RopeParameters.from_dict({**(scaling or found or {}), **original}, **defaults)
+        rope = dict(scaling or found or {})
+        if values.get("original_max_position_embeddings") and rope.get("rope_type", rope.get("type")) in ORIGINAL_LENGTH:
+            rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]  # phi3's place for it
+        values["rope_parameters"] = RopeParameters.from_dict(rope, **defaults)
     return values
 
 

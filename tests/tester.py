@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,11 +28,14 @@ import torch
 import transformers
 from jax import monitoring
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from jaxmodels import auto
 from jaxmodels.cache import init_cache
 from jaxmodels.convert import parity
+from jaxmodels.convert.load import unload
 from jaxmodels.generation import generate
+from jaxmodels.ops.precision import parity_mode
 from jaxmodels.params import abstract_params, count_params, flatten
 from jaxmodels.sharding import Rules, make_mesh
 
@@ -92,13 +96,13 @@ class Case:
     hf: object
     path: Path
     inputs: parity.Inputs
+    greedy: bool  # whether greedy tokens are compared
 
     @classmethod
-    def make(cls, hf_config, path, auto_class="AutoModelForCausalLM"):
-        config = copy.deepcopy(hf_config)
-        hf = sensitive(getattr(transformers, auto_class).from_config(config, attn_implementation="eager"))
+    def make(cls, hf_config, path, greedy=True):
+        hf = sensitive(transformers.AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
         hf.save_pretrained(path)
-        return cls(hf, Path(path), parity.hostile_inputs(config.vocab_size, 300, new_tokens=8))
+        return cls(hf, Path(path), parity.hostile_inputs(hf_config.vocab_size, 300, new_tokens=8), greedy)
 
     @cached_property
     def loaded(self):
@@ -110,61 +114,79 @@ class Case:
 
     @cached_property
     def torch(self):
-        return parity.torch_answers(self.hf, self.inputs)
+        return parity.torch_answers(self.hf, self.inputs, greedy=self.greedy)
 
     @cached_property
     def torch64(self):
         return parity.torch_answers(copy.deepcopy(self.hf).double(), self.inputs, greedy=False, gradients=False)
 
     @cached_property
-    def ours(self):
-        return parity.our_answers(*self.loaded, self.inputs)
-
-    @cached_property
     def report(self):
-        return parity.compare(self.ours, self.torch, self.torch64)
+        return parity.compare(parity.our_answers(*self.loaded, self.inputs, greedy=self.greedy), self.torch, self.torch64)
+
+    def check(self, model, params, inputs=None):
+        """Hidden states, logits and gradients of another form of the model or of the inputs."""
+        ours = parity.our_answers(model, params, inputs or self.inputs, greedy=False)
+        report = parity.compare(ours, dataclasses.replace(self.torch, greedy=None))
+        assert report.passed, str(report)
 
     @cached_property
     def forward(self):
-        """Jitted: (params, keywords) -> output. Programs are shared by the checks of a case and by nothing else."""
-        model = self.loaded[0]
-        return jax.jit(lambda params, kwargs: model.apply({"params": params}, **kwargs))
+        """Jitted: (params, keywords) -> output, shared by the checks of a case and by nothing else."""
+        return jax.jit(lambda params, kwargs: self.loaded[0].apply({"params": params}, **kwargs))
 
-    def run(self, **kwargs):
-        return self.forward(self.loaded[1], kwargs)
+    @cached_property
+    def bfloat16(self):
+        """Our root mean square error of the logits over torch's, both in bfloat16: truth is torch in float32 with the rounded weights."""
+        low = copy.deepcopy(self.hf).to(torch.bfloat16)
+        forward = {"greedy": False, "gradients": False}
+        truth = parity.torch_answers(copy.deepcopy(low).float(), self.inputs, **forward).logits
+        theirs = parity.torch_answers(low, self.inputs, **forward).logits
+        ours = parity.our_answers(*auto.from_pretrained(self.path, dtype=jnp.bfloat16), self.inputs, **forward).logits
+        error = lambda x: float(np.sqrt(np.mean((x - truth) ** 2)))
+        return error(ours) / error(theirs)
 
     def torch_logits(self, row):
         """[n,V] of one row of tokens [n], by a fresh torch forward."""
         with torch.no_grad(), parity.fresh_rope(self.hf):
             return self.hf(torch.tensor(row[None], dtype=torch.long), use_cache=False).logits[0].numpy()
 
-    def turns(self, ids, lengths, columns):
-        """Logits of each row's tokens, fed in turns: turn t has `columns[t]` columns, of which row b fills the last `lengths[t][b]`."""
-        model, params = self.loaded
-        cache = init_cache(model, len(ids), sum(columns) + 3)
+    def check_turns(self, lengths, columns, model=None, params=None, fresh=True):
+        """Feed the rows in turns through a cache: turn t has `columns[t]` columns, of which row b fills the last `lengths[t][b]`. Every
+        token's logits are those of torch on the row's whole history at once. `fresh` False: the first turn is as a later one."""
+        forward = self.forward if model is None else jax.jit(lambda params, kwargs: model.apply({"params": params}, **kwargs))
+        model, params = (model, params) if model is not None else self.loaded
+        ids = self.inputs.input_ids
+        slots = 219 if sum(columns) > 28 else 31  # few sizes, few programs
+        cache = init_cache(model, len(ids), slots).replace(fresh=fresh)
         logits, done = [[] for _ in ids], np.zeros(len(ids), int)
         for T, new in zip(columns, lengths):
             chunk, mask = np.ones((len(ids), T), np.int32), np.zeros((len(ids), T), np.int32)
             for b, n in enumerate(new):
                 chunk[b, T - n :], mask[b, T - n :] = ids[b, done[b] : done[b] + n], 1
-            out = self.forward(params, {"input_ids": chunk, "attention_mask": mask, "cache": cache})
+            out = forward(params, {"input_ids": chunk, "attention_mask": mask, "cache": cache})
             cache = out.cache
             for b, n in enumerate(new):
                 logits[b].append(np.asarray(out.logits)[b, T - n :])
             done += new
         np.testing.assert_array_equal(cache.lengths, done)
-        return [np.concatenate(parts) for parts in logits]
+        for row, n, ours in zip(ids, done, logits):
+            close(np.concatenate(ours), self.torch_logits(row[:n]))
+
+
+CHUNKS = [[7] * 4, [7, 0, 3, 1], [0, 7, 0, 2], [7, 5, 7, 7]]  # turns of 7 columns, for programs that are compiled for this alone
 
 
 class VariantTester:
     """The checks of every variant."""
 
     hf_config: object
+    greedy = False
 
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, tmp_path_factory):
-        return Case.make(cls.hf_config, tmp_path_factory.mktemp("case"))
+        return Case.make(cls.hf_config, tmp_path_factory.mktemp("case"), cls.greedy)
 
     def test_hidden_states(self, case):
         assert all(row.passed for row in case.report.layers), str(case.report)
@@ -173,19 +195,12 @@ class VariantTester:
         """Left-padded with random tokens; every row as torch alone, unpadded."""
         assert case.report.logits.passed, str(case.report)
 
-    def test_greedy(self, case):
-        assert case.report.greedy_equal, str(case.report)
-
     def test_gradients(self, case):
         assert case.report.gradients and all(row.passed for row in case.report.gradients), str(case.report)
 
     def test_second_turn_of_ragged_rows(self, case):
-        """130 columns, twice 37, then single steps: rows that skip a turn or a step, padding inside the history."""
-        columns = [130, 37, 37, 1, 1, 1]
-        lengths = [[130, 87, 41, 3], [37, 5, 0, 12], [37, 37, 1, 20], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
-        ids = case.inputs.input_ids
-        for row, ours in zip(ids, case.turns(ids, lengths, columns)):
-            close(ours, case.torch_logits(row[: len(ours)]))
+        """Turns of 130 and of 37 columns: rows of very different lengths, a row that skips a turn, padding inside the history."""
+        case.check_turns([[130, 87, 41, 3], [37, 5, 0, 12], [37, 37, 1, 20]], [130, 37, 37])
 
     def test_round_trip(self, case, tmp_path):
         """save(load(x)) has the bytes of x, also through the scanned form."""
@@ -199,52 +214,54 @@ class FamilyTester(VariantTester):
 
     name: str = ""  # of the record; default: the model_type
     full_size: tuple = ()
+    other_keys: tuple = ()  # functions from a file's {key: tensor} to one as found in the wild, which loads to the same parameters
     head_config: dict = {"num_labels": 3, "pad_token_id": 0}  # noqa: RUF012
+    greedy = True
+
+    def test_greedy(self, case):
+        """jaxmodels.generate on the padded batch and torch's on each row alone."""
+        assert case.report.greedy and case.report.greedy_equal, str(case.report)
 
     def test_right_padding(self, case):
         """The same rows at the other end."""
         ids, mask = np.full_like(case.inputs.input_ids, 1), np.zeros_like(case.inputs.attention_mask)
         for b, row in enumerate(case.inputs.rows()):
             ids[b, : len(row)], mask[b, : len(row)] = row, 1
-        logits = np.asarray(case.run(input_ids=ids, attention_mask=mask).logits)
-        close(np.concatenate([x[: m.sum()] for x, m in zip(logits, mask)]), case.torch.logits)
+        case.check(*case.loaded, parity.Inputs(ids, mask))
 
     def test_cached_equals_uncached(self, case):
-        """The whole history at once, in chunks of 130, 37 and 1."""
-        ids, columns = case.inputs.input_ids, [130, 37, 37, 1, 1, 1]
-        for row, ours in zip(ids, case.turns(ids, [[n] * 4 for n in columns], columns)):
-            close(ours, case.torch_logits(row[: len(ours)]))
+        """In chunks of 130, 37 and 1, without padding and with single steps that some rows skip."""
+        case.check_turns([[n] * 4 for n in (130, 37, 37, 1)] + [[1, 0, 1, 1], [0, 1, 1, 1]], [130, 37, 37, 1, 1, 1])
 
     def test_heads_first_cache(self, case, monkeypatch):
         """The memory layout of accelerators."""
         monkeypatch.setattr("jaxmodels.cache.jax.default_backend", lambda: "tpu")
-        ids = case.inputs.input_ids
-        for row, ours in zip(ids, case.turns(ids, [[30, 7, 1, 19], [1, 1, 0, 1]], [30, 1])):
-            close(ours, case.torch_logits(row[: len(ours)]))
+        case.check_turns(CHUNKS, [7] * 4, fresh=False)
 
-    def test_generate_is_hfs(self, case):
-        """Greedy decoding of the padded batch: torch's generate on each row alone."""
-        ids, mask = case.inputs.input_ids, case.inputs.attention_mask
-        res = generate(*case.loaded, ids, mask, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        for b, row in enumerate(case.inputs.rows()):
-            prompt = torch.tensor(row[None], dtype=torch.long)
-            with parity.fresh_rope(case.hf):
-                theirs = case.hf.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False
-                )
-            np.testing.assert_array_equal(res.sequences[b, ids.shape[1] :], theirs[0, len(row) :])
+    def test_scanned_equals_unrolled(self, case):
+        """Hidden states, logits, gradients (recomputed in the backward pass), and turns through the cache."""
+        case.check(*case.scanned)
+        case.check_turns(CHUNKS, [7] * 4, *case.scanned, fresh=False)
+
+    def test_eight_devices_equal_one(self, case):
+        """Loaded in shards under fsdp+tensor rules."""
+        rules = Rules.preset("fsdp+tensor", make_mesh(fsdp=4, tensor=2))
+        model, params = auto.from_pretrained(case.path, dtype=jnp.float32, rules=rules, scan_layers=True)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+        case.check(model, params)
+        case.check_turns(CHUNKS, [7] * 4, model, params, fresh=False)
 
     def test_one_compilation_per_bucket(self, case):
         """A second call with other lengths, another eos id and another limit compiles nothing."""
         ids, mask = case.inputs.input_ids, case.inputs.attention_mask
-        options = {"do_sample": False, "pad_token_id": 0}
-        generate(*case.loaded, ids, mask, max_new_tokens=6, eos_token_id=-1, **options)
-        with compilations() as found:
-            generate(*case.loaded, ids[:, 9:], mask[:, 9:], max_new_tokens=5, eos_token_id=(3, 5), **options)
+        with parity_mode():  # part of what a program is, and the report's generate ran so
+            generate(*case.loaded, ids, mask, max_new_tokens=8, **parity.GREEDY)
+            with compilations() as found:
+                generate(*case.loaded, ids[:, 9:], mask[:, 9:], max_new_tokens=5, **parity.GREEDY | {"eos_token_id": (3, 5)})
         assert not found
 
     def test_torch_loads_ours(self, case, tmp_path):
-        """With no key missing or left over, and the very same logits."""
+        """From shards, with no key missing or left over, and the very same logits."""
         auto.save_pretrained(tmp_path, *case.loaded, max_shard_size="40KB")
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
         theirs, info = type(case.hf).from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
@@ -253,73 +270,50 @@ class FamilyTester(VariantTester):
         with torch.no_grad():
             assert torch.equal(theirs.eval()(ids).logits, case.hf(ids).logits)
 
-    def test_scanned_equals_unrolled(self, case):
-        """Logits of a prefill and a step through the cache, and gradients, recomputed in the backward pass."""
-        model, params = case.scanned
-        ids = case.inputs.input_ids
-        step = jax.jit(lambda params, cache, ids: model.apply({"params": params}, ids, cache=cache))
-        cache = init_cache(model, 4, 50)
-        for a, b in ((0, 41), (41, 42)):
-            out = step(params, cache, ids[:, a:b])
-            cache = out.cache
-            for row, ours in zip(ids, np.asarray(out.logits)):
-                close(ours, case.torch_logits(row[:b])[a:])
-        answers = parity.our_answers(model, params, case.inputs, greedy=False)
-        report = parity.compare(answers, dataclasses.replace(case.torch, greedy=None))
-        assert report.passed and len(report.gradients) == len(case.report.gradients), str(report)
-
-    def test_eight_devices_equal_one(self, case):
-        """Loaded in shards under fsdp+tensor rules: hidden states, logits and gradients of the padded batch."""
-        mesh = make_mesh(fsdp=4, tensor=2)
-        model, params = auto.from_pretrained(case.path, dtype=jnp.float32, rules=Rules.preset("fsdp+tensor", mesh), scan_layers=True)
-        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-        report = parity.compare(parity.our_answers(model, params, case.inputs, greedy=False), dataclasses.replace(case.torch, greedy=None))
-        assert report.passed, str(report)
-        cache = init_cache(model, 4, 40)
-        step = jax.jit(lambda params, cache, ids: model.apply({"params": params}, ids, cache=cache))
-        out = step(params, step(params, cache, case.inputs.input_ids[:, :33]).cache, case.inputs.input_ids[:, 33:34])
-        for row, ours in zip(case.inputs.input_ids, np.asarray(out.logits)):
-            close(ours, case.torch_logits(row[:34])[33:])
+    def test_other_keys(self, case, tmp_path):
+        for n, change in enumerate(self.other_keys):
+            directory = tmp_path / str(n)
+            directory.mkdir()
+            shutil.copy(case.path / "config.json", directory)
+            save_file(change(load_file(case.path / "model.safetensors")), directory / "model.safetensors")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that buffers were left out
+                _, params = auto.from_pretrained(directory, dtype=jnp.float32)
+            jax.tree.map(np.testing.assert_array_equal, params, case.loaded[1])
 
     def test_bfloat16(self, case):
         """Against float32 torch with the same rounded weights: no further off than 1.5 times torch in bfloat16."""
-        assert case_bfloat16(case) <= 1.5
+        assert case.bfloat16 <= 1.5
 
     def test_inputs_embeds_and_position_ids(self, case):
-        """Embeddings in place of ids, at positions that neither begin at 0 nor are dense."""
+        """Embeddings in place of ids, at positions that neither begin at 0 nor are dense, and no mask."""
         ids = case.inputs.input_ids[:2, :50]
         positions = 17 + 2 * np.arange(50, dtype=np.int32)[None]
         with torch.no_grad():
             embeds = case.hf.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
             theirs = case.hf(inputs_embeds=embeds, position_ids=torch.tensor(positions, dtype=torch.long)).logits
-        ours = case.run(inputs_embeds=jnp.asarray(embeds.numpy()), position_ids=positions).logits
-        close(ours, theirs)
+        model, params = case.scanned
+        call = jax.jit(lambda params, embeds: model.apply({"params": params}, inputs_embeds=embeds, position_ids=positions).logits)
+        close(call(params, embeds.numpy()), theirs)
         with pytest.raises(ValueError, match="exactly one of input_ids"):
-            case.run(input_ids=ids, inputs_embeds=jnp.asarray(embeds.numpy()))
+            model.apply({"params": params}, ids, inputs_embeds=embeds.numpy())
 
-    def test_attentions(self, case):
-        """Fused attention has no weights: it is replaced by eager, aloud."""
-        model, params = case.loaded
+    def test_attentions_and_loss(self, case):
+        """Fused attention has no weights: it is replaced by eager, aloud. The loss is HF's, with labels left out and no mask."""
+        model, params = case.scanned
         ids = case.inputs.input_ids[:2, :50]
+        labels = np.where(np.arange(50) % 7 == 3, -100, ids)
         with torch.no_grad():
-            theirs = case.hf(torch.tensor(ids, dtype=torch.long), output_attentions=True)
-        call = jax.jit(lambda params: model.apply({"params": params}, ids, output_attentions=True))
-        with pytest.warns(UserWarning, match="runs 'eager' for output_attentions"):
+            as_long = lambda x: torch.tensor(x, dtype=torch.long)
+            theirs = case.hf(as_long(ids), labels=as_long(labels), output_attentions=True)
+        call = jax.jit(lambda params: model.apply({"params": params}, ids, labels=labels, output_attentions=True))
+        with pytest.warns(UserWarning, match="'eager'"):
             out = call(params)
+        close(out.loss, theirs.loss)
         close(out.logits, theirs.logits)
         assert len(out.attentions) == len(theirs.attentions)
         for mine, reference in zip(out.attentions, theirs.attentions):
             close(mine, reference)
-
-    def test_labels(self, case):
-        """The loss of a batch with labels left out, as HF counts it; inputs as plain ids, without a mask."""
-        ids = case.inputs.input_ids[:, :50]
-        labels = np.where(np.arange(50) % 7 == 3, -100, ids)
-        with torch.no_grad():
-            theirs = case.hf(torch.tensor(ids, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long))
-        ours = case.run(input_ids=ids, labels=labels)
-        close(ours.loss, theirs.loss)
-        close(ours.logits, theirs.logits)
 
     def test_base_model(self, case):
         """AutoModel reads a causal LM's checkpoint, without its head."""
@@ -327,7 +321,7 @@ class FamilyTester(VariantTester):
             pytest.skip("no base model")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the head was left out
-            model, params = auto.AutoModel.from_pretrained(case.path, dtype=jnp.float32)
+            model, params = auto.AutoModel.from_pretrained(case.path, dtype=jnp.float32, scan_layers=True)
         ids = case.inputs.input_ids[:2, :50]
         with torch.no_grad():
             theirs = case.hf.base_model(torch.tensor(ids, dtype=torch.long)).last_hidden_state
@@ -345,11 +339,12 @@ class FamilyTester(VariantTester):
         values, count = self.full_size
         config = auto.AutoConfig.for_model(self.hf_config.model_type, **values)
         cls = auto.AutoModelForCausalLM.class_for(config)
-        for scan in (False, True):
-            assert count_params(abstract_params(cls(config, scan_layers=scan))) == count
+        assert count_params(abstract_params(cls(config, scan_layers=True))) == count
         with torch.device("meta"):
             theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(self.hf_config.model_type, **values))
-        shapes = {key: leaf.shape for key, leaf in flatten(abstract_params(cls(config))).items()}
+        rules, prefix = auto.conversion_of(cls(config))
+        tree = unload(flatten(abstract_params(cls(config))), rules=rules, base_prefix=prefix)
+        shapes = {key: tensor.shape for key, tensor in tree.items()}
         assert shapes == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
 
     def test_record(self, case):
@@ -361,7 +356,7 @@ class FamilyTester(VariantTester):
             "gradients": max(row.error / row.tolerance for row in report.gradients) * 1e-4,
             "torch float32 against float64, logits": report.logits.torch_error,
             "torch float32 against float64, hidden states": max(row.torch_error for row in report.layers),
-            "bfloat16 error over torch's": case_bfloat16(case),
+            "bfloat16 error over torch's": case.bfloat16,
             "greedy tokens": f"{sum(report.greedy)} of {report.new_tokens * len(report.greedy)}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -377,22 +372,8 @@ class FamilyTester(VariantTester):
         return auto.find_family(self.hf_config.model_type).classes
 
 
-def case_bfloat16(case):
-    """Our root mean square error of the logits over torch's, both in bfloat16, against torch in float32 with the same rounded weights."""
-    if not hasattr(case, "_bfloat16"):
-        low = copy.deepcopy(case.hf).to(torch.bfloat16)
-        truth = parity.torch_answers(copy.deepcopy(low).float(), case.inputs, greedy=False, gradients=False).logits
-        theirs = parity.torch_answers(low, case.inputs, greedy=False, gradients=False).logits
-        model, params = auto.from_pretrained(case.path, dtype=jnp.bfloat16)
-        ours = parity.our_answers(model, params, case.inputs, greedy=False, gradients=False).logits
-        rms = lambda x: float(np.sqrt(np.mean((x - truth) ** 2)))
-        case._bfloat16 = rms(ours) / rms(theirs)
-    return case._bfloat16
-
-
-def head_labels(name, logits, rng):
+def head_labels(name, B, C, T, rng):
     """Keywords that ask HF's class and ours for a loss."""
-    B, C, T = len(logits), logits.shape[-1], logits.shape[1]
     if name == "AutoModelForSequenceClassification":
         yield {"labels": rng.integers(0, C, B)}
         yield {"labels": rng.integers(0, 2, (B, C)).astype(np.float32)}
@@ -405,32 +386,28 @@ def head_labels(name, logits, rng):
 
 
 def check_head(hf_config, changes, name, path):
+    """Losses of three whole rows, and logits of the same rows padded on either side, against HF's class on each row alone."""
     config = copy.deepcopy(hf_config)
     config.update(changes)
     hf = sensitive(getattr(transformers, name).from_config(config, attn_implementation="eager"))
     hf.save_pretrained(path)
-    model, params = getattr(auto, name).from_pretrained(path, dtype=jnp.float32)
+    model, params = getattr(auto, name).from_pretrained(path, dtype=jnp.float32, scan_layers=True)
     rng = np.random.default_rng(1)
     ids = rng.integers(1, config.vocab_size, (3, 50), dtype=np.int32)
     mask = np.ones_like(ids)
     mask[1, :23], mask[2, 31:] = 0, 0
-    ids = np.where(mask == 1, ids, config.pad_token_id)
+    padded = np.where(mask == 1, ids, config.pad_token_id)
+    forward = jax.jit(lambda params, ids, mask, labels: model.apply({"params": params}, ids, attention_mask=mask, **labels))
     with torch.no_grad():
         rows = [hf(torch.tensor(row[m == 1][None], dtype=torch.long)) for row, m in zip(ids, mask)]
-    forward = jax.jit(lambda params, ids, mask, labels: model.apply({"params": params}, ids, attention_mask=mask, **labels))
-    out = forward(params, ids, mask, {})
-    for key in [key for key in rows[0].keys() if "logits" in key]:  # noqa: SIM118
-        for b, row in enumerate(rows):
-            mine = np.asarray(out[key][b])
-            close(mine[mask[b] == 1] if mine.shape[:1] == mask[b].shape else mine, row[key][0])
-    whole = torch.tensor(rng.integers(1, config.vocab_size, ids.shape))
-    with torch.no_grad():
-        shapes = hf(whole)[0]
-    for labels in head_labels(name, shapes, rng):
-        with torch.no_grad():
+        for labels in head_labels(name, 3, config.num_labels, 50, rng):
             hf.config.problem_type = None  # HF infers it from the first labels it sees and keeps it
-            theirs = hf(whole, **{k: torch.tensor(v) for k, v in labels.items()}).loss
-        close(forward(params, whole.numpy().astype(np.int32), np.ones_like(ids), labels).loss, theirs)
+            theirs = hf(torch.tensor(ids, dtype=torch.long), **{k: torch.tensor(v) for k, v in labels.items()}).loss
+            close(forward(params, ids, np.ones_like(ids), labels).loss, theirs)
+            out = forward(params, padded, mask, labels)
+            for key in [key for key in rows[0].keys() if "logits" in key]:  # noqa: SIM118
+                for mine, m, row in zip(np.asarray(out[key]), mask, rows):
+                    close(mine[m == 1] if mine.shape[:1] == m.shape else mine, row[key][0])
 
 
 def table():

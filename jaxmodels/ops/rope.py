@@ -59,6 +59,8 @@ class RopeParameters:
         missing = [name for name in needs.get(kind, ()) if values.get(name) is None]
         if missing:
             raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_parameters (found {', '.join(sorted(values))})")
+        if kind in ("default", "linear", "llama3"):
+            values.pop("max_position_embeddings", None)  # not theirs: it would make equal configs differ
         known = {f.name for f in dataclasses.fields(cls)} - {"other"}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(
