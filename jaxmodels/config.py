@@ -20,6 +20,7 @@ class Config:
 
     model_type: ClassVar[str] = ""
     spelled: ClassVar[Mapping[str, str]] = {}  # field -> its key in config.json, where that has another name; both are read
+    old_names: ClassVar[Mapping[str, str]] = {}  # key of older files -> field
 
     vocab_size: int
     hidden_size: int
@@ -55,7 +56,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the contents of config.json. ValueError names what is missing or of the wrong type."""
-        names = {key: name for name, key in cls.spelled.items()}
+        names = {key: name for name, key in cls.spelled.items()} | cls.old_names
         values = {names.get(k, k): v for k, v in values.items() if k != "model_type"}
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         if "attn_implementation" not in values:

@@ -48,8 +48,10 @@ class Linear(nn.Module):
     init_std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", boxed(nn.initializers.normal(self.init_std), self.axes), (self.features, x.shape[-1]))
+    def __call__(self, x: jax.Array, tied: jax.Array | None = None) -> jax.Array:
+        """`tied`: the weight, where it is another module's."""
+        init = boxed(nn.initializers.normal(self.init_std), self.axes)
+        weight = self.param("weight", init, (self.features, x.shape[-1])) if tied is None else tied
         bias = self.param("bias", boxed(nn.initializers.zeros, self.axes[:1]), (self.features,)) if self.use_bias else None
         return linear(x, weight, bias)
 
@@ -132,9 +134,7 @@ class Step:
         """Rows [B,T] of a table of learned positions; padding reads the first, which no token sees."""
         return jnp.maximum(self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape), 0)
 
-    def make_rope(
-        self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any, interleaved: bool = False
-    ) -> Rope:
+    def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any, interleaved: bool = False) -> Rope:
         """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare. `dtype`: of cos and sin."""
         turned = self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape)
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1

@@ -108,15 +108,20 @@ class Head(Model):
 class CausalLM(Head):
     """Next-token logits; the head is tied to the embeddings where the config says so."""
 
+    head_name: ClassVar[str] = "lm_head"  # of the attribute and in the checkpoint
+    head_bias: ClassVar[bool] = False
+
     def setup(self) -> None:
         self.add_base()
-        if not self.config.tie_word_embeddings:
-            self.lm_head = Linear(self.config.vocab_size, ("vocab", "embed"), init_std=self.config.initializer_range)
+        if self.head_bias or not self.config.tie_word_embeddings:
+            c = self.config
+            setattr(self, self.head_name, Linear(c.vocab_size, ("vocab", "embed"), self.head_bias, c.initializer_range))
 
     def head(self, x: jax.Array) -> jax.Array:
-        if self.config.tie_word_embeddings:
-            return getattr(self, self.base_name).embeddings().attend(x)
-        return self.lm_head(x)
+        if not self.config.tie_word_embeddings:
+            return getattr(self, self.head_name)(x)
+        embeddings = getattr(self, self.base_name).embeddings()
+        return getattr(self, self.head_name)(x, embeddings.weight) if self.head_bias else embeddings.attend(x)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmodels.ops.linear import einsum
@@ -25,6 +26,20 @@ def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None =
     queries, keys = q_positions[:, None, :, None], k_positions[:, None, None, :]
     mask = (keys >= 0) & (keys <= queries)
     return mask if window is None else mask & (keys > queries - window)
+
+
+def alibi_slopes(heads: int, max_bias: float = 8.0) -> np.ndarray:
+    """float32 [heads] (arXiv:2108.12409): powers of 2**(-max_bias/heads), or where heads is no power of two, of the next one's sequence
+    every second and then the first of those between."""
+    n = 1 << (heads - 1).bit_length()
+    slopes = 2.0 ** (-max_bias / n * np.arange(1, n + 1))
+    return (slopes if n == heads else np.concatenate([slopes[1::2], slopes[::2]])[:heads]).astype(np.float32)
+
+
+def alibi(slopes: np.ndarray, k_positions: jax.Array) -> jax.Array:
+    """The bias [B,N,1,S] of keys at [B,S] for slopes [N]. A softmax does not see what all keys share, so the newest has none."""
+    distance = k_positions - k_positions.max(1, keepdims=True)
+    return slopes[:, None, None] * distance[:, None, None, :].astype(jnp.float32)
 
 
 def eager(
