@@ -184,8 +184,9 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: Any) -> Self:
-        """What a model's config says about generation: its special tokens."""
-        return cls(**{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
+        """What a model's config says about generation: its special tokens, and before them what its generation_config.json says."""
+        tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return cls.from_dict({**tokens, **config.generation_config})
 
     @classmethod
     def from_pretrained(
@@ -225,8 +226,8 @@ class GenerationConfig:
         return dataclasses.replace(self, **changes)
 
     def filled(self, model_config: Any) -> Self:
-        """With the model's special tokens and HF's defaults in place of what is unset, lengths aside. ValueError names options that
-        are active and not supported."""
+        """With the checkpoint's options, then HF's defaults, in place of what is unset, lengths aside. ValueError names options that are
+        active and not supported."""
         own = GenerationConfig.from_model_config(model_config)
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})

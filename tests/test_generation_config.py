@@ -111,3 +111,10 @@ def test_compilation_cache(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])), "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", CACHE_SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_checkpoints_options_come_before_the_defaults():
+    config = LlamaConfig(eos_token_id=2, generation_config={"eos_token_id": (5, 7), "temperature": 0.5, "do_sample": True, "mystery": 1})
+    full = GenerationConfig(top_p=0.5, temperature=0.9).filled(config)
+    assert (full.eos_token_id, full.temperature, full.top_p, full.do_sample, full.top_k) == ((5, 7), 0.9, 0.5, True, 50)
+    assert GenerationConfig().filled(LlamaConfig(eos_token_id=2)).eos_token_id == 2
