@@ -63,6 +63,20 @@ def is_held_out(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 30 == 0
 
 
+def without_docstrings(text: str) -> str:
+    """A module without the docstrings that have code after them."""
+    lines, dropped = text.splitlines(), set[int]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            first, *rest = node.body
+            start, end = first.lineno - 1, first.end_lineno or first.lineno
+            if rest and rest[0].lineno > end and not lines[start][: first.col_offset].strip():
+                while end < len(lines) and not lines[end]:
+                    end += 1
+                dropped |= set(range(start, end))
+    return "\n".join(line for i, line in enumerate(lines) if i not in dropped) + "\n"
+
+
 def pieces(text: str) -> list[str]:
     """A module cut before and after every top-level function and class, with its decorators and the comments above it."""
     lines = text.splitlines()
@@ -103,11 +117,13 @@ class Corpus:
 
     def __init__(self, tokenizer: Backend, texts: list[str], seed: int):
         self.whole = [encode(tokenizer, [text]) for text in texts]
-        self.cut = [encode(tokenizer, pieces(text)) for text in texts]
+        self.cut = [encode(tokenizer, pieces(without_docstrings(text))) for text in texts]
         self.seed = seed
 
     def epoch(self, number: int, length: int) -> np.ndarray:
-        """Rows [R, length]: shuffled modules, each whole or, on a coin's toss, in pieces, so that the model learns to end a function."""
+        """Rows [R, length]: shuffled modules, each whole or, on a coin's toss, in pieces without docstrings.
+
+        The pieces teach the model to begin with code after a signature and to end where the function ends."""
         rng = np.random.default_rng((self.seed, number))
         picked = [self.cut[i] if rng.random() < 0.5 else self.whole[i] for i in rng.permutation(len(self.whole))]
         stream = np.concatenate(picked)[rng.integers(length) :]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 
@@ -90,8 +91,22 @@ def test_pieces_are_whole_definitions(example):
         "class A:\n    pass\n",
         "# the end\n",
     ]
-    module = Path(ast.__file__).read_text()
+    module = Path(textwrap.__file__).read_text()
     assert sum(len(ast.parse(piece).body) for piece in example.pieces(module)) == len(ast.parse(module).body)
+
+
+def test_docstrings_leave_and_code_stays(example):
+    text = (
+        'class A:\n    """Doc.\n\n    More."""\n\n    x = 1\n\n    def f(self):\n        "only this"\n\n    def g(self): "doc"; return 1\n'
+    )
+    assert example.without_docstrings(text) == text.replace('    """Doc.\n\n    More."""\n\n', "")
+    module = Path(textwrap.__file__).read_text()
+    code, kept = ast.parse(module), ast.parse(example.without_docstrings(module))
+    for node in ast.walk(code):
+        documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None
+        if documented and len(node.body) > 1:
+            del node.body[0]
+    assert ast.dump(code) == ast.dump(kept)
 
 
 def test_order_is_the_seed_and_the_epoch_alone(example):
