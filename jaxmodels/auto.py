@@ -19,9 +19,34 @@ from jaxmodels.model import Model
 from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
 
 FAMILIES: dict[str, str | Family] = {
+    "bloom": "jaxmodels.models.bloom",
+    "codegen": "jaxmodels.models.codegen",
+    "cohere": "jaxmodels.models.cohere",
+    "falcon": "jaxmodels.models.falcon",
+    "gemma": "jaxmodels.models.gemma",
+    "gemma2": "jaxmodels.models.gemma2",
+    "gemma3_text": "jaxmodels.models.gemma3_text",
+    "glm4": "jaxmodels.models.glm4",
     "gpt2": "jaxmodels.models.gpt2",
+    "gpt_bigcode": "jaxmodels.models.gpt_bigcode",
+    "gpt_neo": "jaxmodels.models.gpt_neo",
+    "gpt_neox": "jaxmodels.models.gpt_neox",
+    "gptj": "jaxmodels.models.gptj",
+    "granite": "jaxmodels.models.granite",
     "llama": "jaxmodels.models.llama",
     "mistral": "jaxmodels.models.mistral",
+    "mpt": "jaxmodels.models.mpt",
+    "olmo": "jaxmodels.models.olmo",
+    "olmo2": "jaxmodels.models.olmo2",
+    "opt": "jaxmodels.models.opt",
+    "phi": "jaxmodels.models.phi",
+    "phi3": "jaxmodels.models.phi3",
+    "qwen2": "jaxmodels.models.qwen2",
+    "qwen3": "jaxmodels.models.qwen3",
+    "smollm3": "jaxmodels.models.smollm3",
+    "stablelm": "jaxmodels.models.stablelm",
+    "starcoder2": "jaxmodels.models.starcoder2",
+    "xglm": "jaxmodels.models.xglm",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
 
