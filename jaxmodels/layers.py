@@ -80,6 +80,16 @@ class LayerNorm(nn.Module):
         return layer_norm(x, weight, bias, self.eps)
 
 
+class HeadNorm(nn.Module):
+    """A layer norm of every head of [..., N, H], with weights [N, H] of its own and no biases."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.param("weight", boxed(nn.initializers.ones, (None, None)), x.shape[-2:]), None, self.eps)
+
+
 class Embedding(nn.Module):
     """torch.nn.Embedding: `weight` [num, features]. An id out of range gives nan, not a neighbour's row."""
 
@@ -98,6 +108,21 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits [..., num] of x [..., features] against the rows: the tied head."""
         return linear(x, self.weight)
+
+
+class GatedMLP(nn.Module):
+    """down_proj(act(gate_proj(x)) * up_proj(x)) [B,T,D], `features` wide inside, without biases (arXiv:2002.05202)."""
+
+    features: int
+    hidden_act: str
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        gate = Linear(self.features, ("mlp", "embed"), init_std=self.init_std, name="gate_proj")(x)
+        up = Linear(self.features, ("mlp", "embed"), init_std=self.init_std, name="up_proj")(x)
+        h = step.constrain(activation(self.hidden_act)(gate) * up, "batch", "seq", "act_mlp")
+        return Linear(x.shape[-1], ("embed", "mlp"), init_std=self.init_std, name="down_proj")(h)
 
 
 @struct.dataclass
