@@ -56,7 +56,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the contents of config.json. ValueError names what is missing or of the wrong type."""
-        names = {key: name for name, key in cls.spelled.items()} | cls.old_names
+        names = {**{key: name for name, key in cls.spelled.items()}, **cls.old_names}
         values = {names.get(k, k): v for k, v in values.items() if k != "model_type"}
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
         if "attn_implementation" not in values:

@@ -28,11 +28,11 @@ def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None =
     return mask if window is None else mask & (keys > queries - window)
 
 
-def alibi_slopes(heads: int, max_bias: float = 8.0) -> np.ndarray:
-    """float32 [heads] (arXiv:2108.12409): powers of 2**(-max_bias/heads), or where heads is no power of two, of the next one's sequence
+def alibi_slopes(heads: int) -> np.ndarray:
+    """float32 [heads] (arXiv:2108.12409): powers of 2**(-8/heads), or where heads is no power of two, of the next one's sequence
     every second and then the first of those between."""
     n = 1 << (heads - 1).bit_length()
-    slopes = 2.0 ** (-max_bias / n * np.arange(1, n + 1))
+    slopes = 2.0 ** (-8 / n * np.arange(1, n + 1))
     return (slopes if n == heads else np.concatenate([slopes[1::2], slopes[::2]])[:heads]).astype(np.float32)
 
 
