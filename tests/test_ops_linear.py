@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from jaxmodels.layers import ACTIVATIONS, Embedding, activation
 from jaxmodels.ops.linear import einsum, linear
-from jaxmodels.ops.norm import rms_norm
+from jaxmodels.ops.norm import rms_norm, rms_norm_once
 
 DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
 LEADING = [(1,), (2,), (7,), (1, 1), (3, 1), (1, 5), (2, 3, 4)]
@@ -108,6 +109,16 @@ def test_rms_norm(dtype, scale):
             norm.weight.data = tw
             close(jax.jit(rms_norm)(x, w, eps), norm(tx), dtype)
     assert not rms_norm(jnp.zeros((2, 4)), jnp.ones(4), 1e-6).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_rounded_once(dtype):
+    for shape in ((1, 7), (3, 48), (2, 3, 130)):
+        x, tx = draw(shape, dtype)
+        w, tw = draw(shape[-1:], dtype, 1)
+        norm = Olmo2RMSNorm(shape[-1], 1e-5).to(tw.dtype)
+        norm.weight.data = tw
+        close(jax.jit(rms_norm_once)(x, w, 1e-5), norm(tx), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

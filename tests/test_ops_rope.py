@@ -136,6 +136,20 @@ def test_rotate_leaves_the_rest_of_a_partly_rotated_head():
     np.testing.assert_array_equal(got[..., :6], rotate(x[..., :6], tables(RopeParameters(), 6, np.arange(5)[None], [5])))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_interleaved_rotation_is_a_product_of_complex_numbers(dtype):
+    """Dimensions 2i and 2i + 1 are one number; the tail of a partly rotated head stays. Computed in the table's float32, rounded once."""
+    positions, rope = np.array([[0, 1, 7, 300]], np.int32), RopeParameters(partial_rotary_factor=0.5)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 3, 12)), dtype)
+    got = rotate(x, tables(rope, 12, positions, [301]), interleaved=True)
+    wide = np.asarray(x, np.float64)
+    turn = np.exp(1j * positions[..., None, None] * np.asarray(inverse_frequencies(rope, 12)[0], np.float64))
+    turned = (wide[..., :6:2] + 1j * wide[..., 1:6:2]) * turn
+    expected = np.concatenate([np.stack([turned.real, turned.imag], -1).reshape(1, 4, 3, 6), wide[..., 6:]], -1)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=1e-4 if dtype == jnp.float32 else 2**-7)
+
+
 def test_scores_depend_on_the_distance_alone():
     q, k = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32)), jnp.float32)
     table = lambda p: tables(RopeParameters(), 32, [[p]], [1000])
