@@ -35,8 +35,16 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-def boxed(init: Callable[..., jax.Array], axes: tuple[str | None, ...]) -> Callable[..., Any]:
-    return nn.with_logical_partitioning(init, axes)
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., jax.Array], axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """The module's parameter of that shape, made by `init` where there is none, with a logical name for every axis."""
+    if not module.has_variable("params", name):
+        return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+    value = module.get_variable("params", name)  # `module.param` would trace `init` again to learn the shape: a third of all tracing
+    if value.shape != shape:
+        raise ValueError(f"parameter {'.'.join((*module.path, name))} has shape {value.shape}; this model expects {shape}")
+    return value
 
 
 class Linear(nn.Module):
@@ -50,9 +58,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, tied: jax.Array | None = None) -> jax.Array:
         """`tied`: the weight, where it is another module's."""
-        init = boxed(nn.initializers.normal(self.init_std), self.axes)
-        weight = self.param("weight", init, (self.features, x.shape[-1])) if tied is None else tied
-        bias = self.param("bias", boxed(nn.initializers.zeros, self.axes[:1]), (self.features,)) if self.use_bias else None
+        normal, shape = nn.initializers.normal(self.init_std), (self.features, x.shape[-1])
+        weight = parameter(self, "weight", normal, self.axes, shape) if tied is None else tied
+        bias = parameter(self, "bias", nn.initializers.zeros, self.axes[:1], shape[:1]) if self.use_bias else None
         return linear(x, weight, bias)
 
 
@@ -62,7 +70,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("weight", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:]), self.eps)
+        return rms_norm(x, parameter(self, "weight", nn.initializers.ones, (self.axis,), x.shape[-1:]), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -75,8 +83,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:]) if self.use_weight else None
-        bias = self.param("bias", boxed(nn.initializers.zeros, (self.axis,)), x.shape[-1:]) if self.use_bias else None
+        weight = parameter(self, "weight", nn.initializers.ones, (self.axis,), x.shape[-1:]) if self.use_weight else None
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.axis,), x.shape[-1:]) if self.use_bias else None
         return layer_norm(x, weight, bias, self.eps)
 
 
@@ -87,7 +95,7 @@ class HeadNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.param("weight", boxed(nn.initializers.ones, (None, None)), x.shape[-2:]), None, self.eps)
+        return layer_norm(x, parameter(self, "weight", nn.initializers.ones, (None, None), x.shape[-2:]), None, self.eps)
 
 
 class Embedding(nn.Module):
@@ -99,8 +107,8 @@ class Embedding(nn.Module):
     axis: str | None = "vocab"
 
     def setup(self) -> None:
-        init = boxed(nn.initializers.normal(self.init_std), (self.axis, "embed"))
-        self.weight = self.param("weight", init, (self.num, self.features))
+        normal = nn.initializers.normal(self.init_std)
+        self.weight = parameter(self, "weight", normal, (self.axis, "embed"), (self.num, self.features))
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         return jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)

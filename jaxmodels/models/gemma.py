@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, Layers, Step, boxed
+from jaxmodels.layers import Embedding, Layers, Step, parameter
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaModel
 from jaxmodels.ops.norm import rms_norm_once
@@ -58,7 +58,7 @@ class GemmaRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", boxed(nn.initializers.zeros, (self.axis,)), x.shape[-1:])
+        weight = parameter(self, "weight", nn.initializers.zeros, (self.axis,), x.shape[-1:])
         return rms_norm_once(x, 1 + weight.astype(jnp.float32), self.eps)
 
 
