@@ -1,5 +1,8 @@
+import pytest
 import transformers
 from tester import FamilyTester, VariantTester
+
+from jaxmodels.auto import AutoConfig
 
 SHAPE = {
     "vocab_size": 263,
@@ -36,3 +39,16 @@ class TestQwen2WindowInLaterLayers(VariantTester):
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries; expected .* num_hidden_layers = 2"),
+        ({"layer_types": ["full_attention", "linear"]}, "among them .'linear'."),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}, "need a sliding_window"),
+    ],
+)
+def test_kinds_of_layers_that_do_not_fit(values, message):
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.for_model("qwen2", num_hidden_layers=2, **values).layer_kinds  # noqa: B018
