@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, Layers, Step, parameter
+from jaxmodels.layers import Step, parameter
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaModel
 from jaxmodels.ops.norm import rms_norm_once
@@ -76,13 +76,10 @@ class GemmaBlock(nn.Module):
 
 
 class GemmaModel(LlamaModel):
-    block = GemmaBlock
+    block: ClassVar[type[nn.Module]] = GemmaBlock
 
-    def setup(self) -> None:
-        c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
-        self.layers = Layers(self.block, c, self.scan_layers, self.remat)
-        self.norm = GemmaRMSNorm(c.rms_norm_eps)
+    def final_norm(self) -> GemmaRMSNorm:
+        return GemmaRMSNorm(self.config.rms_norm_eps)
 
     def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
         if inputs_embeds is not None:

@@ -5,6 +5,7 @@ Axis letters: B batch, T tokens, D hidden, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -88,7 +89,10 @@ class LlamaModel(Model):
         c = self.config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
         self.layers = Layers(self.block, c, self.scan_layers, self.remat)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = self.final_norm()
+
+    def final_norm(self) -> Callable[[jax.Array], jax.Array]:
+        return RMSNorm(self.config.rms_norm_eps)
 
     def embeddings(self) -> Embedding:
         return self.embed_tokens
