@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, GatedMLP, Layers, Linear, Rope, Step, attend, parameter
+from jaxmodels.layers import GatedMLP, Linear, Rope, Step, attend, parameter
 from jaxmodels.model import CausalLM, SequenceClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.norm import rms_norm_once
@@ -80,11 +80,8 @@ class Olmo2Block(nn.Module):
 class Olmo2Model(LlamaModel):
     block = Olmo2Block
 
-    def setup(self) -> None:
-        c = self.config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
-        self.layers = Layers(self.block, c, self.scan_layers, self.remat)
-        self.norm = Olmo2RMSNorm(c.rms_norm_eps)
+    def final_norm(self) -> Olmo2RMSNorm:
+        return Olmo2RMSNorm(self.config.rms_norm_eps)
 
     def rope(self, step: Step, position_ids: jax.Array | None) -> Rope:
         return step.make_rope(self.config.rope_parameters, self.config.head_dim, position_ids, jnp.float32)
