@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -159,7 +160,13 @@ class Cache:
         return self.positions.max(1) + 1
 
     def advance(self, positions: jax.Array) -> Cache:
-        """Note the new tokens at `positions` [B,T] in the next slots; the states are updated by their layers."""
+        """Note the new tokens at `positions` [B,T] in the next slots; the states are updated by their layers. ValueError when the slots
+        do not suffice and `index` is concrete; inside jit the caller sees to it."""
+        written = 0 if isinstance(self.index, jax.core.Tracer) else int(np.asarray(self.index))
+        if written + positions.shape[1] > self.slots:
+            raise ValueError(
+                f"no room for {positions.shape[1]} new tokens: {written} of {self.slots} slots are written; cache.resize(slots) adds more"
+            )
         new = lax.dynamic_update_slice_in_dim(self.positions, positions, self.index, 1)
         return self.replace(positions=new, index=self.index + positions.shape[1], fresh=False)
 

@@ -136,7 +136,8 @@ class GatedMLP(nn.Module):
 @struct.dataclass
 class Rope:
     """cos and sin [B,T,1,R] for the new tokens. Where a row's frequencies [B,R/2] change with its length, they are kept here:
-    keys are then cached unrotated and turned when they are read."""
+    keys are then cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
+    before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
 
     new: tuple[jax.Array, jax.Array]
     frequencies: jax.Array | None = None

@@ -104,3 +104,17 @@ def test_growing_rope_within_one_call_is_a_fresh_forward(kind, tmp_path):
     """Rows of one batch on both sides of the limit, two layers, as one prefill into a cache."""
     case = Case.make(tiny(**GROWING[kind]), tmp_path, greedy=False)
     case.check_turns([[28, 21, 20, 3]], [28])
+
+
+def test_a_full_cache_is_an_error(tmp_path):
+    """Writing on would silently overwrite the newest tokens."""
+    case = Case.make(tiny(num_hidden_layers=1), tmp_path, greedy=False)
+    model, params = case.loaded
+    cache = init_cache(model, 1, 5)
+    apply = lambda cache, n: model.apply({"params": params}, np.ones((1, n), np.int32), cache=cache).cache
+    with pytest.raises(ValueError, match="no room for 6 new tokens: 0 of 5 slots"):
+        apply(cache, 6)
+    cache = apply(cache, 4)
+    with pytest.raises(ValueError, match="no room for 2 new tokens: 4 of 5 slots are written"):
+        apply(cache, 2)
+    assert int(apply(apply(cache, 1).resize(7), 2).index) == 7

@@ -150,6 +150,21 @@ def test_interleaved_rotation_is_a_product_of_complex_numbers(dtype):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=1e-4 if dtype == jnp.float32 else 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_interleaved_pairs(dtype):
+    """Dimensions 2i and 2i + 1 turn as i and i + R/2 do otherwise."""
+    for head_dim, factor in ((10, 1.0), (12, 0.5)):
+        table = tables(RopeParameters(partial_rotary_factor=factor), head_dim, [[0, 3, 300]], [301], dtype)
+        R = table[0].shape[-1]
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, head_dim)), dtype)
+        apart = jnp.concatenate([x[..., :R:2], x[..., 1:R:2], x[..., R:]], -1)
+        expected = rotate(apart, table)
+        got = rotate(x, table, interleaved=True)
+        np.testing.assert_allclose(got[..., :R:2], expected[..., : R // 2], rtol=0, atol=2e-7 if dtype == jnp.float32 else 2**-6)
+        np.testing.assert_allclose(got[..., 1:R:2], expected[..., R // 2 : R], rtol=0, atol=2e-7 if dtype == jnp.float32 else 2**-6)
+        np.testing.assert_array_equal(got[..., R:], x[..., R:])
+
+
 def test_scores_depend_on_the_distance_alone():
     q, k = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 1, 1, 32)), jnp.float32)
     table = lambda p: tables(RopeParameters(), 32, [[p]], [1000])
