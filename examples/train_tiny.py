@@ -160,7 +160,7 @@ def as_batch(rows: np.ndarray) -> dict[str, jax.Array]:
 def save(args: argparse.Namespace, model: LlamaForCausalLM, state: TrainState, tokenizer: Backend) -> None:
     """The Hugging Face directory: bfloat16 weights, config, tokenizer."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
-    generation = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, max_new_tokens=128)
+    generation = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, max_new_tokens=128, repetition_penalty=1.1)
     save_pretrained(args.out / "hf", model, params, generation_config=generation)
     named = Tokenizer(tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=args.length)
     named.save_pretrained(args.out / "hf")
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4700)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--remat", default="full", help="a jax.checkpoint policy by name, or none")
