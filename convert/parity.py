@@ -128,13 +128,14 @@ def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
     """By the keys of the file, which are not always the module's: the gradients are saved as if they were the parameters."""
     import tempfile
 
+    import torch
     from safetensors import safe_open
 
     values = {p: p.data for p in model.parameters()}
-    sampled = {}
+    sampled: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as directory:
         for p in values:
-            p.data = p.grad
+            p.data = torch.zeros_like(p) if p.grad is None else p.grad
         try:
             model.save_pretrained(directory)
         finally:
