@@ -7,23 +7,8 @@ from jaxmodels.auto import AutoConfig
 
 COMPUTED = {"rope_parameters", "layer_types", "no_rope_layers", "head_dim"}  # that one side fills in and the other works out
 FAMILIES = [
-    "cohere",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
+    *("cohere", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo", "olmo2"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 ]
 
 
