@@ -170,7 +170,7 @@ def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True,
     with parity_mode():
         (hidden, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels)
         if greedy:
-            result = generate(model, params, ids, mask, max_new_tokens=inputs.new_tokens, **GREEDY)
+            result = generate(model, params, ids, mask, max_new_tokens=inputs.new_tokens, **GREEDY)  # type: ignore[arg-type]
             tokens = np.asarray(result.sequences[:, ids.shape[1] :])
     if gradients:
         rules, prefix = conversion_of(model)

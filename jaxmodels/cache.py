@@ -18,8 +18,7 @@ from flax import struct
 from jax import lax
 
 
-@struct.dataclass
-class KV:
+class KV(struct.PyTreeNode):
     """Keys and values of full attention: [B,S,K,H] on CPU, [B,K,S,H] (`heads_first`) on accelerators, perhaps with a leading L."""
 
     k: jax.Array
@@ -54,8 +53,7 @@ class KV:
         return self.replace(k=jnp.take(self.k, rows, axis), v=jnp.take(self.v, rows, axis))
 
 
-@struct.dataclass
-class SlidingKV:
+class SlidingKV(struct.PyTreeNode):
     """Keys and values of the last W real tokens of each row, a ring whose column `next` is overwritten next.
 
     k, v as in KV with S = W slots; positions [B,W]; skipped [B]: rows that have seen padding since the ring was last put in order,
@@ -96,7 +94,8 @@ class SlidingKV:
         return self._with(*(_put(a, b, layer) for a, b in zip(old, new)))
 
     def _with(self, *leaves: jax.Array) -> SlidingKV:
-        return SlidingKV(*leaves, window=self.window, heads_first=self.heads_first)
+        k, v, positions, skipped, next = leaves
+        return SlidingKV(k, v, positions, skipped, next, self.window, self.heads_first)
 
     def _turn(self, k: jax.Array, v: jax.Array, step: Any) -> SlidingKV:
         """One token a row, in place. A row whose token is padding keeps what it has."""
@@ -140,8 +139,7 @@ class SlidingKV:
         return self._with(pick(self.k), pick(self.v), pick(self.positions), pick(self.skipped), self.next)
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """`layers`: the states; `positions` [B,S] int32, -1 where a slot holds no token; `index` [] int32, the next slot to write;
     `fresh`: nothing was written yet, so a first chunk need not look at the slots."""
 
@@ -198,8 +196,8 @@ class KVSpec:
     head_dim: int
 
     def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> KV:
-        shape = (batch, self.heads, slots, self.head_dim) if heads_first else (batch, slots, self.heads, self.head_dim)
-        shape = shape if layers is None else (layers, *shape)
+        last = (self.heads, slots, self.head_dim) if heads_first else (slots, self.heads, self.head_dim)
+        shape = (batch, *last) if layers is None else (layers, batch, *last)
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_first)
 
 

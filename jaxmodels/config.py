@@ -202,7 +202,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _check(cls: type, name: str, kind: Any, value: Any) -> None:
-    simple = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    simple: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     wanted = simple.get(kind.replace(" | None", "")) if isinstance(kind, str) else None
     if wanted is None or (value is None and "None" in kind):
         return

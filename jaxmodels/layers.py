@@ -40,8 +40,8 @@ def parameter(
 ) -> jax.Array:
     """The module's parameter of that shape, made by `init` where there is none, with a logical name for every axis."""
     if not module.has_variable("params", name):
-        return module.param(name, nn.with_logical_partitioning(init, axes), shape)
-    value = module.get_variable("params", name)  # `module.param` would trace `init` again to learn the shape: a third of all tracing
+        return module.param(name, nn.with_logical_partitioning(init, axes), shape)  # type: ignore[return-value]
+    value: Any = module.get_variable("params", name)  # `module.param` would trace `init` again to learn the shape: a third of all tracing
     if value.shape != shape:
         raise ValueError(f"parameter {'.'.join((*module.path, name))} has shape {value.shape}; this model expects {shape}")
     return value
@@ -110,7 +110,7 @@ class Embedding(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         self.weight = parameter(self, "weight", normal, (self.axis, "embed"), (self.num, self.features))
 
-    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def __call__(self, ids: Any, dtype: Any) -> jax.Array:
         return jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -133,8 +133,7 @@ class GatedMLP(nn.Module):
         return Linear(x.shape[-1], ("embed", "mlp"), init_std=self.init_std, name="down_proj")(h)
 
 
-@struct.dataclass
-class Rope:
+class Rope(struct.PyTreeNode):
     """cos and sin [B,T,1,R] for the new tokens. Where a row's frequencies [B,R/2] change with its length, they are kept here:
     keys are then cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
     before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
@@ -145,8 +144,7 @@ class Rope:
     interleaved: bool = struct.field(pytree_node=False, default=False)  # pairs are (2i, 2i + 1)
 
 
-@struct.dataclass
-class Step:
+class Step(struct.PyTreeNode):
     """What one forward pass hands to every layer."""
 
     positions: jax.Array  # [B,T], -1 for padding
@@ -240,7 +238,10 @@ class Layers(nn.Module):
         """Returns x after the last layer, the states, every layer's input and attention weights (None where not asked for)."""
         kinds = self.config.layer_kinds
         plan = segments(kinds) if self.scan else [(i, 1, 1) for i in range(len(kinds))]
-        inputs, weights, left, done = [], [], list(states or ()), []
+        inputs: list[Any] = []
+        weights: list[Any] = []
+        left: list[Any] = list(states or ())
+        done: list[Any] = []
         for start, period, repeats in plan:
             mine = None if states is None else tuple(left.pop(0) for _ in range(period))
             if repeats == 1:
@@ -271,21 +272,24 @@ class Layers(nn.Module):
             # Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes.
             params.append(self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init))
 
-        def body(carry: tuple, xs: tuple) -> tuple:
+        def body(carry: Any, xs: Any) -> tuple:
             (x, states), (layer, params) = carry, xs
-            ins, ws, new = [], [], []
+            ins: list[Any] = []
+            ws: list[Any] = []
+            new: list[Any] = []
             for j, block in enumerate(blocks):
                 ins.append(x if step.output_hidden_states else None)
                 state = None if states is None else states[j]
-                x, state, w = block.apply({"params": params[j]}, x, state, step.replace(layer=layer, number=start + layer * period + j))
+                place = step.replace(layer=layer, number=start + layer * period + j)
+                x, state, w = block.apply({"params": params[j]}, x, state, place)  # type: ignore[misc]
                 ws.append(w)
                 new.append(state)
             return (x, None if states is None else tuple(new)), (ins, ws)
 
         if self.remat:
             body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-        (x, states), (ins, ws) = jax.lax.scan(body, (x, states), (jnp.arange(repeats), params))
-        return x, states, ins, ws
+        scanned: Any = jax.lax.scan(body, (x, states), (jnp.arange(repeats), params))
+        return *scanned[0], *scanned[1]
 
 
 def _stacked(block: nn.Module, keys: jax.Array, x: jax.Array, step: Step) -> Any:

@@ -66,7 +66,7 @@ class Model(nn.Module):
             raise ValueError("exactly one of input_ids [B,T] and inputs_embeds [B,T,D] is needed")
         if input_ids is not None:
             check_ids(input_ids, self.config.vocab_size)
-        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        B, T = (input_ids if input_ids is not None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         attention = resolve_attention(self.attn_implementation or self.config.attn_implementation)
         if output_attentions and attention != "eager":
             warnings.warn(
@@ -77,7 +77,7 @@ class Model(nn.Module):
             attention_mask = jnp.asarray(attention_mask)
         static = {"rules": self.rules, "attention": attention}
         static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return begin(shape, attention_mask, cache, **static)
+        return begin((B, T), attention_mask, cache, **static)
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> None:

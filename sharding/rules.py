@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
@@ -49,23 +50,24 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
 class Rules:
     """A mesh and a table from logical axes to mesh axes; mesh axes that the mesh lacks do not count. Hashable, so static under jit."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     table: Table
 
     @classmethod
-    def preset(cls, name: str, mesh: Mesh) -> Rules:
+    def preset(cls, name: str, mesh: Mesh | AbstractMesh) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
         return cls(mesh, PRESETS[name])
 
     @property
     def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
+        return self.mesh.devices.flat[0].platform  # type: ignore[union-attr]  # only what runs or compiles asks
 
     def spec(self, axes: Axes, shape: Sequence[int], units: Mapping[str, int] | None = None) -> PartitionSpec:
         """Where an array of `shape` with logical `axes` lives. An axis is cut only in whole units (heads) and evenly, else replicated;
         a mesh axis serves the first array axis that asks for it."""
-        table, used, spec = dict(self.table), set(), []
+        table, used = dict(self.table), set[str]()
+        spec: list[Any] = []
         for axis, size in zip(axes, shape, strict=True):
             wanted = tuple(m for m in table.get(axis or "", ()) if m in self.mesh.shape and m not in used)
             pieces = math.prod(self.mesh.shape[m] for m in wanted)

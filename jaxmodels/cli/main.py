@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def _hub(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def _hub(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--variant", help="e.g. fp16 for model.fp16.safetensors")
 
 
-def hub_options(args: argparse.Namespace) -> dict[str, str]:
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """The hub options that were given, as from_pretrained takes them."""
     names = ("revision", "token", "cache_dir", "subfolder", "variant")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

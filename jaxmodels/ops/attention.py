@@ -39,7 +39,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 def alibi(slopes: np.ndarray, k_positions: jax.Array) -> jax.Array:
     """The bias [B,N,1,S] of keys at [B,S] for slopes [N]. A softmax does not see what all keys share, so the newest has none."""
     distance = k_positions - k_positions.max(1, keepdims=True)
-    return slopes[:, None, None] * distance[:, None, None, :].astype(jnp.float32)
+    return jnp.asarray(slopes)[:, None, None] * distance[:, None, None, :].astype(jnp.float32)
 
 
 def eager(
