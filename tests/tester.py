@@ -138,7 +138,8 @@ class Case:
     @cached_property
     def bfloat16(self):
         """Our root mean square error of the logits over torch's, both in bfloat16: truth is torch in float32 with the rounded weights."""
-        low = copy.deepcopy(self.hf).to(torch.bfloat16)
+        # from the file: `.to(torch.bfloat16)` would round the rotary frequencies too
+        low = type(self.hf).from_pretrained(self.path, dtype=torch.bfloat16, attn_implementation="eager").eval()
         forward = {"greedy": False, "gradients": False}
         truth = parity.torch_answers(copy.deepcopy(low).float(), self.inputs, **forward).logits
         theirs = parity.torch_answers(low, self.inputs, **forward).logits
