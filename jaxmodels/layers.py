@@ -32,7 +32,8 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The function that a config's `hidden_act` names."""
     if name not in ACTIVATIONS:
         raise ValueError(f"hidden_act {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    function = ACTIVATIONS[name]
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)  # rounded once, as in torch's kernels
 
 
 def parameter(
