@@ -91,7 +91,7 @@ class PhiModel(LlamaModel):
         self.final_layernorm = LayerNorm(c.layer_norm_eps)
 
     @property
-    def norm(self) -> LayerNorm:
+    def norm(self) -> LayerNorm:  # type: ignore[override]
         return self.final_layernorm
 
 
