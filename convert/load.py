@@ -138,7 +138,8 @@ def _canonical(
     """The source under canonical keys, with the prefix; which keys were ignored, which tied."""
     tensors = forward([rule for rule in rules if isinstance(rule, Alias)], source)  # the prefix may be part of an alias
     if base_prefix and not any(key.startswith(f"{base_prefix}.") for key in tensors):
-        tensors = {key if key in wanted else f"{base_prefix}.{key}": tensor for key, tensor in tensors.items()}
+        own = {*wanted, *(rule.key for rule in rules if isinstance(rule, Tie))}  # without the prefix anywhere
+        tensors = {key if key in own else f"{base_prefix}.{key}": tensor for key, tensor in tensors.items()}
     left: dict[type[Op], list[str]] = {Alias: [], Ignore: [], Tie: []}
     for rule in rules:
         if isinstance(rule, Alias | Ignore | Tie):

@@ -1,0 +1,48 @@
+"""Checkpoints of the families under the keys that files on the hub have: all mean the same parameters."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmodels import auto
+from jaxmodels.params import abstract_params, flatten, unflatten
+
+TINY = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+FAMILIES = [
+    *("cohere", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo", "olmo2"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+]
+INV_FREQ = ("llama", "phi", "stablelm")  # families whose files of the time hold rope's frequencies
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys(model_type, tmp_path):
+    for tied in (True, False):
+        config = auto.AutoConfig.for_model(model_type, **TINY, tie_word_embeddings=tied)
+        model = auto.AutoModelForCausalLM.class_for(config)(config)
+        rng = np.random.default_rng(0)
+        params = {key: rng.standard_normal(leaf.shape, np.float32) for key, leaf in flatten(abstract_params(model)).items()}
+        auto.save_pretrained(tmp_path, model, unflatten(params))
+        file = tmp_path / "model.safetensors"
+        written = load_file(file)
+        variants = [written]
+        if tied:
+            assert "lm_head.weight" not in written
+            variants.append({**written, "lm_head.weight": written["model.embed_tokens.weight"]})
+            variants.append({k: v for k, v in variants[1].items() if k != "model.embed_tokens.weight"})
+        variants += [{key.removeprefix("model."): tensor for key, tensor in tensors.items()} for tensors in variants[:2]]
+        if model_type in INV_FREQ:
+            variants.append({**written, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+        for tensors in variants:
+            save_file(tensors, file)
+            loaded = flatten(auto.from_pretrained(tmp_path, dtype="float32")[1])
+            assert loaded.keys() == params.keys()
+            assert all(np.array_equal(loaded[key], params[key]) for key in params)
