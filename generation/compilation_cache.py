@@ -21,7 +21,7 @@ def enable_compilation_cache() -> str | None:
     Nothing happens when the user configured one (jax_compilation_cache_dir, jax_enable_compilation_cache), when the environment variable
     JAXMODELS_COMPILATION_CACHE is `off`, or when the folder cannot be written. Only the first call in a process does anything."""
     wanted = os.environ.get(ENVIRONMENT, "")
-    if wanted.lower() == "off" or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if wanted.lower() == "off" or jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     try:
         folder = Path(wanted) if wanted else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"

@@ -31,13 +31,15 @@ DEFAULT_NEW_TOKENS = 20
 SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
 
 
-@partial(struct.dataclass, kw_only=True)
-class TurnCache(Cache):
+class TurnCache(Cache, kw_only=True):
     """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
     `generate` with this cache does so first, a loop of one's own must."""
 
     token: jax.Array
     unread: jax.Array
+
+    def advance(self, positions: jax.Array) -> Cache:
+        return self.plain().advance(positions)  # whoever calls the model decides what it reads
 
     def take(self, rows: jax.Array) -> TurnCache:
         taken = self.plain().take(rows)
@@ -101,8 +103,8 @@ def generate(
 
     attention_mask [B,T]: 1 for real tokens, anywhere in a row; without it pad_token_id counts as padding as in HF. key: from
     jax.random.key, needed for sampling. generation_config and overrides: options by HF's names. streamer: an object with
-    `put(tokens)` and `end()`. cache: an earlier result's, the conversation so far; input_ids are then only the tokens that came since,
-    the answer's last token not among them, perhaps none ([B,0]). Penalties and max_length count the tokens of this call.
+    `put(tokens)` and `end()`. cache: an earlier result's, with the conversation so far; input_ids are then only what follows the
+    answer, perhaps nothing ([B,0]). Penalties and max_length count the tokens of this call. A cache is not used up.
 
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
@@ -126,11 +128,12 @@ def generate(
     strategy = Sampling(build_processors(config, eos), eos, np.int32(pad), key if config.do_sample else None)
     decode = partial(_decode, model, params, strategy)
     record = (bool(config.output_scores), bool(config.output_logits))
+    copies: int = config.num_return_sequences  # type: ignore[assignment]  # filled
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
+        streamer.put(np.repeat(_concrete(ids), copies, 0))
     state, report = _prefill(
         model, params, strategy, xp.pad(ids, room), xp.pad(real, room), cache, np.int32(T),
-        slots=slots, copies=config.num_return_sequences, steps=bucket(limit) if any(record) else 0, record=record,
+        slots=slots, copies=copies, steps=bucket(limit) if any(record) else 0, record=record,
     )  # fmt: skip
     if streamer is None:
         state, report = decode(state, np.int32(limit))
@@ -207,6 +210,7 @@ def _stream(decode: Any, state: State, report: Report, P: int, limit: int, strea
 
 
 def _output(ids: Any, state: State, report: Report, P: int, limit: int, pad: int) -> GenerateOutput:
+    xp: Any
     cache = _turn(state.cache, *report.last)
     if isinstance(report.new, jax.core.Tracer):
         xp, n, tokens, real, scores, logits = jnp, limit, report.tokens, report.real, state.scores, state.logits

@@ -7,6 +7,7 @@ Axis letters: B rows, S cache slots, W columns of tokens, N steps, V vocabulary,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -67,7 +68,8 @@ class Sampling:
         keep = lambda record, new: None if record is None else lax.dynamic_update_index_in_dim(record, new, sequences.new, 0)
         real = ~state.finished
         tokens = jnp.where(real, chosen, self.pad_token_id)
-        return state.replace(
+        return dataclasses.replace(
+            state,
             sequences=sequences.append(tokens, real),
             finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1),
             scores=keep(state.scores, scores),
@@ -76,7 +78,7 @@ class Sampling:
 
     def step(self, forward: Forward, state: State) -> State:
         logits, cache = forward(*state.sequences.last(), state.cache)
-        return self.start(state.replace(cache=cache), logits)
+        return self.start(dataclasses.replace(state, cache=cache), logits)
 
     def done(self, state: State) -> jax.Array:
         return state.finished.all()

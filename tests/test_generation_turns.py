@@ -27,8 +27,8 @@ def answers(out, width):
     return [row[width : width + n].tolist() for row, n in zip(out.sequences, out.lengths)]
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_ragged_turns_equal_torch_from_scratch(scan_layers):
+@pytest.mark.parametrize(("scan_layers", "turns"), [(False, 2), (True, 1)])
+def test_ragged_turns_equal_torch_from_scratch(scan_layers, turns):
     """Rows end at different steps, one at the very last one, one never; their next turns are of different lengths too."""
     model, params = ours(scan_layers)
     ids, mask = prompts()
@@ -37,7 +37,7 @@ def test_ragged_turns_equal_torch_from_scratch(scan_layers):
     out = generate(model, params, ids, mask, max_new_tokens=12, eos_token_id=eos)
     assert len(set(out.lengths.tolist())) >= 3 and out.lengths.max() == 12
     said = answers(out, T)
-    for turn, lengths in enumerate([(3, 40, 1, 7), (9, 2, 2, 30)]):
+    for turn, lengths in enumerate([(3, 40, 1, 7), (9, 2, 2, 30)][:turns]):
         new, real = user_turn(turn, lengths, ("left", "right")[turn])
         rows = [row + answer + part[keep == 1].tolist() for row, answer, part, keep in zip(rows, said, new, real)]
         want = [torch_row(row, new=12, eos_token_id=eos) for row in rows]
@@ -71,7 +71,7 @@ def test_a_shared_prompt_is_read_once():
     """A cache filled by the model itself, its rows repeated, and another question in each."""
     model, params = ours()
     prompt = history()[2][:60]
-    cache = model.apply({"params": params}, np.array([prompt]), cache=init_cache(model, 1, 64)).cache
+    cache = jax.jit(model.apply)({"params": params}, np.array([prompt]), cache=init_cache(model, 1, 64)).cache
     questions, real = user_turn(4, (3, 8, 5))
     out = generate(model, params, questions, real, cache=cache.take(np.zeros(3, int)), max_new_tokens=12, eos_token_id=NEVER)
     for row in range(3):
@@ -93,9 +93,21 @@ def test_rows_of_a_turn_cache_move_together():
     ids, mask = prompts()
     out = generate(*ours(), ids, mask, max_new_tokens=5, eos_token_id=NEVER)
     assert isinstance(out.cache, TurnCache) and np.asarray(out.cache.unread).all()
-    order = np.array([2, 0])
-    more = generate(*ours(), np.zeros((2, 0), int), cache=out.cache.take(order), max_new_tokens=5, eos_token_id=NEVER)
+    order = np.array([2, 0, 0, 3])
+    more = generate(*ours(), np.zeros((4, 0), int), cache=out.cache.take(order), max_new_tokens=5, eos_token_id=NEVER)
     assert [row.tolist() for row in more.sequences] == [torch_greedy(row)[5:10] for row in order]
+
+
+def test_a_loop_of_ones_own_goes_on():
+    """Reading the unread token with model.apply leaves a plain cache, which generate continues in turn."""
+    model, params = ours()
+    ids, mask = prompts()
+    out = generate(model, params, ids, mask, max_new_tokens=5, eos_token_id=NEVER)
+    step = jax.jit(model.apply)({"params": params}, out.cache.token[:, None], cache=out.cache)
+    sixth = np.asarray(step.logits[:, -1].argmax(-1))
+    assert not isinstance(step.cache, TurnCache) and sixth.tolist() == [torch_greedy(row)[5] for row in range(4)]
+    more = generate(model, params, sixth[:, None], cache=step.cache, max_new_tokens=5, eos_token_id=NEVER)
+    assert [row[1:].tolist() for row in more.sequences] == [torch_greedy(row)[6:11] for row in range(4)]
 
 
 def test_bad_turns():
