@@ -79,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--rules", default="fsdp+tensor", help="sharding preset for --mesh (default %(default)s)")
     _hub(info)
 
+    command("families", "families:families", "The families, their heads and their parity with torch as the tests recorded it.")
+
     parity = command("parity", "checkpoint:parity", "Compare with torch: layers, greedy tokens, gradients. Exit status 1 over tolerance.")
     what = "PATH | record PATH FILE | check PATH FILE"
     parity.add_argument("arguments", nargs="+", metavar=what, help="record keeps torch's answers, check needs no torch")
