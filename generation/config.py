@@ -50,7 +50,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "token_healing": (None, False),
     "max_time": (None,),
     "stop_strings": (None,),
-    "use_cache": (None, True),
     "cache_implementation": (None, "dynamic", "static", "hybrid"),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),

@@ -51,7 +51,8 @@ class XGLMConfig(Config):
 def sinusoids(numbers: jax.Array, features: int, blank: int | None) -> jax.Array:
     """Rows [B,T,features] float32 of the numbers [B,T]: sines, then cosines, of wavelengths from 2π to 20000π; zeros for `blank`."""
     half = features // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000) / (half - 1)))
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-np.log(10000) / (half - 1))
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)  # rounded once: numpy's float32 exp is 2 ulp off
     angles = numbers[..., None].astype(jnp.float32) * frequencies
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles), jnp.zeros((*numbers.shape, features % 2))], -1)
     return table if blank is None else jnp.where(numbers[..., None] == blank, 0, table)
