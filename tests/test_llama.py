@@ -6,6 +6,7 @@ import transformers
 from tester import Case, FamilyTester, VariantTester, close
 
 from jaxmodels.cache import init_cache
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 
 
 def tiny(**changes):
@@ -106,15 +107,12 @@ def test_growing_rope_within_one_call_is_a_fresh_forward(kind, tmp_path):
     case.check_turns([[28, 21, 20, 3]], [28])
 
 
-def test_a_full_cache_is_an_error(tmp_path):
+def test_a_full_cache_is_an_error():
     """Writing on would silently overwrite the newest tokens."""
-    case = Case.make(tiny(num_hidden_layers=1), tmp_path, greedy=False)
-    model, params = case.loaded
-    cache = init_cache(model, 1, 5)
-    apply = lambda cache, n: model.apply({"params": params}, np.ones((1, n), np.int32), cache=cache).cache
+    cache = init_cache(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), 1, 5)
     with pytest.raises(ValueError, match="no room for 6 new tokens: 0 of 5 slots"):
-        apply(cache, 6)
-    cache = apply(cache, 4)
+        cache.advance(np.zeros((1, 6), np.int32))
+    cache = cache.advance(np.arange(4, dtype=np.int32)[None])
     with pytest.raises(ValueError, match="no room for 2 new tokens: 4 of 5 slots are written"):
-        apply(cache, 2)
-    assert int(apply(apply(cache, 1).resize(7), 2).index) == 7
+        cache.advance(np.zeros((1, 2), np.int32))
+    assert int(cache.resize(6).advance(np.array([[4, 5]], np.int32)).index) == 6
