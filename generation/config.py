@@ -194,12 +194,9 @@ class GenerationConfig:
         """From a checkpoint directory or a hub id. `kwargs`: options that override the file's, and `revision`, `token`, `cache_dir`,
         `local_files_only` for the hub. ValueError names a missing or unreadable file."""
         overrides = {k: kwargs.pop(k) for k in list(kwargs) if k in FIELDS}
-        folder = Path(pretrained_model_name)
-        if not folder.is_dir():
-            from jaxmodels.convert.hub import resolve
+        from jaxmodels.convert.hub import resolve
 
-            folder = Path(resolve(str(pretrained_model_name), **kwargs))
-        path = folder / subfolder / config_file_name
+        path = resolve(pretrained_model_name, subfolder=subfolder or None, weights=False, **kwargs) / config_file_name
         if not path.is_file():
             there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no .json file"
             raise ValueError(f"{path} does not exist; the directory holds {there}. generate takes the options directly, too")
