@@ -5,8 +5,8 @@
         full_size = ({"vocab_size": 128256, ...}, 8_030_261_248)
 
 `VariantTester` holds the checks that every structural variant of a family goes through, `FamilyTester` all. What a check needs is in a
-`Case`, made once per class. `JAXMODELS_RECORD=1 pytest tests/test_llama.py` writes the largest errors to docs/parity/; `python
-tests/tester.py` prints them as a table.
+`Case`, made once per class. `JAXMODELS_RECORD=1 pytest tests/test_llama.py` writes the largest errors to jaxmodels/assets/parity/,
+and `jaxmodels families` prints them.
 
 Axis letters: B rows, T columns, R real tokens of all rows one after another, V vocabulary."""
 
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxmodels import auto
+from jaxmodels.assets import PARITY
 from jaxmodels.cache import init_cache
 from jaxmodels.convert import parity
 from jaxmodels.convert.load import unload
@@ -39,7 +40,6 @@ from jaxmodels.ops.precision import parity_mode
 from jaxmodels.params import abstract_params, count_params, flatten
 from jaxmodels.sharding import Rules, make_mesh
 
-RECORDS = Path(__file__).resolve().parent.parent / "docs" / "parity"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -350,7 +350,7 @@ class FamilyTester(VariantTester):
         assert shapes == {self.file_names.get(key, key): tuple(p.shape) for key, p in theirs.named_parameters()}
 
     def test_record(self, case):
-        """The line of docs/parity, written when JAXMODELS_RECORD is set."""
+        """The family's record, written when JAXMODELS_RECORD is set."""
         report = case.report
         line = {
             "logits": report.logits.error,
@@ -366,8 +366,8 @@ class FamilyTester(VariantTester):
         }
         assert all(value == value for value in line.values())
         if os.environ.get("JAXMODELS_RECORD"):
-            RECORDS.mkdir(parents=True, exist_ok=True)
-            file = RECORDS / f"{self.name or self.hf_config.model_type}.json"
+            PARITY.mkdir(parents=True, exist_ok=True)
+            file = PARITY / f"{self.name or self.hf_config.model_type}.json"
             file.write_text(json.dumps({k: float(f"{v:.2g}") if isinstance(v, float) else v for k, v in line.items()}, indent=1) + "\n")
 
     def classes(self):
@@ -410,24 +410,3 @@ def check_head(hf_config, changes, name, path):
             for key in [key for key in rows[0].keys() if "logits" in key]:  # noqa: SIM118
                 for mine, m, row in zip(np.asarray(out[key]), mask, rows):
                     close(mine[m == 1] if mine.shape[:1] == m.shape else mine, row[key][0])
-
-
-def table():
-    """The records as Markdown."""
-    lines = [json.loads(file.read_text()) | {"model": file.stem} for file in sorted(RECORDS.glob("*.json"))]
-    columns = [
-        "model",
-        "logits",
-        "torch float32 against float64, logits",
-        "hidden states",
-        "torch float32 against float64, hidden states",
-        "gradients",
-        "bfloat16 error over torch's",
-        "greedy tokens",
-    ]
-    rows = [columns, ["---"] * len(columns), *([str(line[c]) for c in columns] for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-if __name__ == "__main__":
-    print(table())
