@@ -50,9 +50,15 @@ class Sequences:
 
 
 class LogitsProcessor(Protocol):
-    """A pytree that turns logits [B,V] float32 into others; -inf forbids a token."""
+    """A pytree that turns logits [B,V] float32 into others; -inf forbids a token. It says its `kind`, see there."""
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array: ...
+
+
+def kind(name: str) -> Any:
+    """A static field that names a processor's class. To jaxlib (0.10.2) the tree structures of two dataclasses with the same number of
+    leaves and the same static fields are equal, whatever the classes: now and then jit would run the one's program for the other."""
+    return struct.field(pytree_node=False, default=name)
 
 
 @struct.dataclass
@@ -60,6 +66,7 @@ class Temperature:
     """Divide by `temperature` > 0."""
 
     temperature: Any
+    kind: str = kind("Temperature")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         return logits / self.temperature
@@ -70,6 +77,7 @@ class TopK:
     """Keep the `top_k` largest, and what equals the smallest of them."""
 
     top_k: Any
+    kind: str = kind("TopK")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         return _keep(logits, logits >= _cutoff(logits, jnp.ones_like, self.top_k))
@@ -80,6 +88,7 @@ class TopP:
     """Keep the most probable tokens whose probabilities add up to `top_p`, at least one (arXiv:1904.09751); equal ones stay together."""
 
     top_p: Any
+    kind: str = kind("TopP")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         top = logits.max(-1, keepdims=True)
@@ -92,6 +101,7 @@ class MinP:
     """Keep the tokens at least `min_p` times as probable as the most probable one (arXiv:2407.01082)."""
 
     min_p: Any
+    kind: str = kind("MinP")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         return _keep(logits, jnp.exp(logits - logits.max(-1, keepdims=True)) >= self.min_p)
@@ -102,6 +112,7 @@ class RepetitionPenalty:
     """Positive logits of the row's tokens are divided by `penalty`, negative ones multiplied (arXiv:1909.05858)."""
 
     penalty: Any
+    kind: str = kind("RepetitionPenalty")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         V = logits.shape[1]
@@ -117,6 +128,7 @@ class MinLength:
 
     min_length: Any
     eos_token_id: Any
+    kind: str = kind("MinLength")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         return _forbid(logits, self.eos_token_id, sequences.length < self.min_length)
@@ -128,6 +140,7 @@ class MinNewTokens:
 
     min_new_tokens: Any
     eos_token_id: Any
+    kind: str = kind("MinNewTokens")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         return _forbid(logits, self.eos_token_id, sequences.new < self.min_new_tokens)

@@ -42,7 +42,8 @@ def parameter(
     """The module's parameter of that shape, made by `init` where there is none, with a logical name for every axis."""
     if not module.has_variable("params", name):
         return module.param(name, nn.with_logical_partitioning(init, axes), shape)  # type: ignore[return-value]
-    value: Any = module.get_variable("params", name)  # `module.param` would trace `init` again to learn the shape: a third of all tracing
+    # `module.param` would trace `init` again to learn the shape, a third of all tracing
+    value: Any = nn.unbox(module.get_variable("params", name))
     if value.shape != shape:
         raise ValueError(f"parameter {'.'.join((*module.path, name))} has shape {value.shape}; this model expects {shape}")
     return value

@@ -136,6 +136,14 @@ def test_chain_gives_the_same_probabilities(shape, scale, seed, data):
         assert np.abs(kept[0] - kept[1]).max() <= 1
 
 
+def test_structures_tell_processors_apart():
+    """What jit compares: see processors.kind."""
+    one = np.float32(0.5)
+    chains = [Temperature(one), TopP(one), MinP(one), RepetitionPenalty(one), TopK(one), MinLength(one, one), MinNewTokens(one, one)]
+    structures = [jax.tree.structure(chain) for chain in chains]
+    assert [structures.index(structure) for structure in structures] == list(range(len(chains)))
+
+
 def test_equal_logits_stay_together():
     logits = np.zeros((2, 9001), np.float32)
     np.testing.assert_array_equal(run(TopK(np.int32(3)), logits), logits)
