@@ -9,10 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch beside XLA's threads and a second test process
 
-QUICK = ("test_config", "test_convert", "test_family", "test_generation_config", "test_llama", "test_ops", "test_processing", "test_sharding")
+QUICK = ("config", "convert", "family", "generation_config", "llama", "ops", "processing", "sharding")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem.startswith(QUICK):
+        if item.path.stem.removeprefix("test_").startswith(QUICK):
             item.add_marker("quick")
