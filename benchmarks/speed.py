@@ -167,9 +167,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(
-        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions()}\n\n| job | torch | jaxmodels | unit | ratio |\n|---|---|---|---|---|"
-    )
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions()}\n")
+    print("| job | torch | jaxmodels | unit | ratio |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only.split(","):
             JOBS[name](Path(folder), args.rounds)
