@@ -23,7 +23,8 @@ from jaxmodels.cache import Cache, init_cache
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.processors import Sequences, build_processors
-from jaxmodels.generation.sampling import Forward, Sampling, State, Strategy
+from jaxmodels.generation.sampling import Forward, Result, State, Strategy
+from jaxmodels.generation.strategies import build_strategy
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 
@@ -57,13 +58,16 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array) -> TurnCache:
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn. `lengths` [B*R] int32: new tokens of each row, its end-of-sequence token included."""
+    next turn; None after beam search, whose rows hold other hypotheses. `lengths` [B*R] int32: new tokens of each row, its
+    end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams."""
 
     sequences: Any
     scores: Any = None
     logits: Any = None
     cache: TurnCache | None = None
     lengths: Any = None
+    sequences_scores: Any = None
+    beam_indices: Any = None
 
     @property
     def past_key_values(self) -> TurnCache | None:
@@ -74,11 +78,9 @@ class GenerateOutput(ModelOutput):
 class Report:
     """What the host wants to know after a program; no part of the state, whose buffers the next program takes over."""
 
-    tokens: jax.Array  # [B*R, W]
-    real: jax.Array
-    new: jax.Array
+    result: Result
+    steps: jax.Array
     done: jax.Array
-    last: tuple[jax.Array, jax.Array]  # token, real: [B*R] each
 
 
 def bucket(n: int) -> int:
@@ -125,21 +127,20 @@ def generate(
     room = ((0, 0), (P - unread - T, 0))
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
-    strategy = Sampling(build_processors(config, eos), eos, np.int32(pad), key if config.do_sample else None)
+    strategy = build_strategy(config, build_processors(config, eos), eos, pad, key, limit)
     decode = partial(_decode, model, params, strategy)
     record = (bool(config.output_scores), bool(config.output_logits))
-    copies: int = config.num_return_sequences  # type: ignore[assignment]  # filled
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), copies, 0))
+        streamer.put(np.repeat(_concrete(ids), strategy.copies, 0))
     state, report = _prefill(
         model, params, strategy, xp.pad(ids, room), xp.pad(real, room), cache, np.int32(T),
-        slots=slots, copies=copies, steps=bucket(limit) if any(record) else 0, record=record,
+        slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
     )  # fmt: skip
     if streamer is None:
         state, report = decode(state, np.int32(limit))
     else:
-        state, report = _stream(decode, state, report, P, limit, streamer)
-    return _output(ids, state, report, P, limit, pad)
+        state, report = _stream(decode, state, report, limit, streamer)
+    return _output(ids, state, report, limit, pad)
 
 
 def _forward(model: Any, params: Any) -> Forward:
@@ -151,10 +152,10 @@ def _forward(model: Any, params: Any) -> Forward:
     return forward
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "copies", "steps", "record"))
+@partial(jax.jit, static_argnames=("model", "slots", "steps", "record"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, cache: Cache | None, length: jax.Array,
-    *, slots: int, copies: int, steps: int, record: tuple[bool, bool],
+    *, slots: int, steps: int, record: tuple[bool, bool],
 ) -> tuple[State, Report]:  # fmt: skip
     """Read the prompt [B,P] once and choose the first tokens of its copies."""
     if isinstance(cache, TurnCache):
@@ -163,7 +164,7 @@ def _prefill(
         cache = cache.plain()
     order = jnp.argsort(real, axis=1, stable=True)  # padding to the left, wherever it was
     ids, real = jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(real, order, 1)
-    (B, P), W = ids.shape, slots + 1
+    (B, P), W, copies = ids.shape, slots + 1, strategy.copies
     logits, cache = _forward(model, params)(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
@@ -184,24 +185,23 @@ def _decode(model: Any, params: Any, strategy: Strategy, state: State, limit: ja
 
 
 def _report(strategy: Strategy, state: State) -> Report:
-    s = state.sequences
-    token, real = s.last()
-    return Report(s.tokens, s.real, s.new, strategy.done(state), (token[:, 0], real[:, 0]))
+    return Report(strategy.result(state), state.sequences.new, strategy.done(state))
 
 
-def _stream(decode: Any, state: State, report: Report, P: int, limit: int, streamer: Any) -> tuple[State, Report]:
+def _stream(decode: Any, state: State, report: Report, limit: int, streamer: Any) -> tuple[State, Report]:
     """The loop in chunks; a chunk runs while the streamer handles the one before."""
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
-            tokens, new, done = jax.device_get((report.tokens, report.new, report.done))
+            result, done = jax.device_get((report.result, report.done))
+            new = result.new
             took, going = time.perf_counter() - began, not done and new < limit
             if going:
                 chunk = chunk * 2 if took < SMOOTH else max(chunk // 2, 1)
                 began = time.perf_counter()
                 state, report = decode(state, np.int32(min(new + chunk, limit)))
-            for column in range(P + sent, P + new):
-                streamer.put(tokens[:, column])
+            for column in range(sent, new):
+                streamer.put(result.tokens[:, result.first + column])
             if not going:
                 return state, report
             sent = new
@@ -209,19 +209,23 @@ def _stream(decode: Any, state: State, report: Report, P: int, limit: int, strea
         streamer.end()
 
 
-def _output(ids: Any, state: State, report: Report, P: int, limit: int, pad: int) -> GenerateOutput:
+def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
-    cache = _turn(state.cache, *report.last)
-    if isinstance(report.new, jax.core.Tracer):
-        xp, n, tokens, real, scores, logits = jnp, limit, report.tokens, report.real, state.scores, state.logits
-        tokens = jnp.where(jnp.arange(tokens.shape[1]) < P + report.new, tokens, pad)
+    last = report.result.last
+    cache = None if last is None else _turn(state.cache, *last)
+    if isinstance(report.steps, jax.core.Tracer):
+        xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
         xp = np  # slices of another length would each compile a program
-        tokens, real, n, scores, logits = jax.device_get((report.tokens, report.real, report.new, state.scores, state.logits))
-    ids = xp.repeat(xp.asarray(ids), tokens.shape[0] // ids.shape[0], 0)
-    cut = lambda record: None if record is None else record[:n]
-    lengths = real[:, P : P + n].sum(1, dtype=np.int32)
-    return GenerateOutput(xp.concatenate([ids, tokens[:, P : P + n]], 1), cut(scores), cut(logits), cache, lengths)
+        result, steps, records = jax.device_get((report.result, report.steps, (state.scores, state.logits)))
+        n = result.new
+    columns = result.first + np.arange(n)
+    tokens = xp.where(np.arange(n) < result.new, result.tokens.take(columns, 1), pad)
+    lengths = result.real.take(columns, 1).sum(1, dtype=np.int32)
+    ids = xp.repeat(xp.asarray(ids), len(tokens) // len(ids), 0)
+    scores, logits = (None if record is None else record[:steps] for record in records)
+    beams = None if result.beam_indices is None else result.beam_indices[:, :n]
+    return GenerateOutput(xp.concatenate([ids, tokens], 1), scores, logits, cache, lengths, result.sequences_scores, beams)
 
 
 def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab_size: int, cache: Cache | None) -> tuple[Any, Any]:

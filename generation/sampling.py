@@ -1,7 +1,7 @@
 """Greedy decoding and sampling: one token per row and step.
 
 A strategy is a pytree whose values are traced. It turns logits into the next state and says nothing about prompts, buckets,
-chunks or streams, which are the loop's; another strategy is another class with `start`, `step` and `done`.
+chunks or streams, which are the loop's; another strategy is another class with `copies`, `start`, `step`, `done` and `result`.
 
 Axis letters: B rows, S cache slots, W columns of tokens, N steps, V vocabulary, E end-of-sequence ids."""
 
@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.cache import Cache
-from jaxmodels.generation.processors import LogitsProcessor, Sequences
+from jaxmodels.generation.processors import LogitsProcessor, Sequences, kind
 
 Forward = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 BLOCK = 128
@@ -25,16 +25,39 @@ BLOCK = 128
 
 @struct.dataclass
 class State:
-    """What a step of decoding hands to the next. `finished` [B]; `scores` and `logits` [N,B,V] float32 where asked for."""
+    """What a step of decoding hands to the next. `finished` [B]; `scores` and `logits` [N,B,V] float32 where asked for; `extra`: what
+    else the strategy remembers."""
 
     sequences: Sequences
     cache: Cache
     finished: jax.Array
     scores: jax.Array | None
     logits: jax.Array | None
+    extra: Any = None
+
+
+@struct.dataclass
+class Result:
+    """What a strategy would return now: the `new` columns of tokens and real [R,W] from column `first` on.
+
+    `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; None where the cache's rows are
+    not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams."""
+
+    tokens: jax.Array
+    real: jax.Array
+    first: jax.Array
+    new: jax.Array
+    last: tuple[jax.Array, jax.Array] | None = None
+    sequences_scores: jax.Array | None = None
+    beam_indices: jax.Array | None = None
 
 
 class Strategy(Protocol):
+    @property
+    def copies(self) -> int:
+        """Rows of the state for each row of the prompt."""
+        ...
+
     def start(self, state: State, logits: jax.Array) -> State:
         """The state with its first new tokens, from the prompt's logits [B,V] float32."""
         ...
@@ -47,6 +70,8 @@ class Strategy(Protocol):
         """Whether nothing is left to do, bool []."""
         ...
 
+    def result(self, state: State) -> Result: ...
+
 
 @struct.dataclass
 class Sampling:
@@ -58,6 +83,8 @@ class Sampling:
     eos_token_id: Any
     pad_token_id: Any
     key: jax.Array | None
+    copies: int = struct.field(pytree_node=False, default=1)
+    kind: str = kind("Sampling")
 
     def start(self, state: State, logits: jax.Array) -> State:
         sequences = state.sequences
@@ -65,15 +92,14 @@ class Sampling:
         for processor in self.processors:
             scores = processor(sequences, scores)
         chosen = argmax(scores) if self.key is None else draw(jax.random.fold_in(self.key, sequences.new), scores)
-        keep = lambda record, new: None if record is None else lax.dynamic_update_index_in_dim(record, new, sequences.new, 0)
         real = ~state.finished
         tokens = jnp.where(real, chosen, self.pad_token_id)
         return dataclasses.replace(
             state,
             sequences=sequences.append(tokens, real),
             finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1),
-            scores=keep(state.scores, scores),
-            logits=keep(state.logits, logits),
+            scores=record(state.scores, scores, sequences.new),
+            logits=record(state.logits, logits, sequences.new),
         )
 
     def step(self, forward: Forward, state: State) -> State:
@@ -82,6 +108,16 @@ class Sampling:
 
     def done(self, state: State) -> jax.Array:
         return state.finished.all()
+
+    def result(self, state: State) -> Result:
+        s = state.sequences
+        token, real = s.last()
+        return Result(s.tokens, s.real, s.width - s.new, s.new, (token[:, 0], real[:, 0]))
+
+
+def record(records: jax.Array | None, new: jax.Array, step: jax.Array) -> jax.Array | None:
+    """records [N,B,V] with `new` [B,V] at `step`; None where nothing is recorded."""
+    return None if records is None else lax.dynamic_update_index_in_dim(records, new, step, 0)
 
 
 def argmax(x: jax.Array) -> jax.Array:
