@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxmodels.cache import Cache
 from jaxmodels.layers import Linear, Step, begin
 from jaxmodels.ops.attention import resolve_attention
-from jaxmodels.ops.loss import causal_lm_loss, classification_loss, cross_entropy, span_loss
+from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss, classification_loss, cross_entropy, span_loss, summed_loss
 from jaxmodels.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -134,14 +134,34 @@ class CausalLM(Head):
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        loss_options: LossOptions | None = None,
+        num_items_in_batch: jax.Array | None = None,
     ) -> CausalLMOutput:
-        """labels [B,T]: ids, -100 left out; the loss is that of the following token. logits_to_keep: only the last so many, 0 for all."""
+        """labels [B,T]: ids, -100 left out; the loss is that of the following token. logits_to_keep: only the last so many, 0 for all.
+
+        loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the loss is then the sum over labels
+        divided by num_items_in_batch [], by default how many labels count here."""
         out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions)
-        logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
+        x = out.last_hidden_state
+        if labels is not None and loss_options is not None:
+            loss = self._training_loss(x, labels, loss_options, num_items_in_batch)
+            return CausalLMOutput(loss, None, out.cache, out.hidden_states, out.attentions)
+        logits = self.head(x[:, -logits_to_keep:])
         if self.rules is not None:
             logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
         loss = None if labels is None else causal_lm_loss(logits, labels)
         return CausalLMOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
+
+    def _training_loss(self, x: jax.Array, labels: jax.Array, options: LossOptions, num_items: jax.Array | None) -> jax.Array:
+        module, variables = self.unbind()  # the chunks' loop needs a function of arrays
+
+        def head(x: jax.Array) -> jax.Array:
+            logits = module.apply(variables, x, method="head")
+            return logits if self.rules is None else self.rules.constrain(logits, ("batch", None, "act_vocab"))
+
+        labels = labels[:, 1:]
+        total = summed_loss(head, x[:, :-1], labels, options)
+        return total / (jnp.sum(labels != IGNORE) if num_items is None else num_items)
 
 
 class SequenceClassification(Head):

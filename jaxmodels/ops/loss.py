@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 IGNORE = -100
 
@@ -20,6 +24,68 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of logits [B,T,V] against the following label of labels [B,T]."""
     return cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What training may ask of a language model's loss.
+
+    label_smoothing: the share of the mean of -log softmax over the whole vocabulary, as in HF's LabelSmoother. z_loss: this times
+    logsumexp² is added (arXiv:2204.02311 §5). chunk: tokens of each row whose logits exist at one time, None for all of them."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    chunk: int | None = None
+
+
+def token_losses(logits: jax.Array, labels: jax.Array, options: LossOptions = LossOptions()) -> jax.Array:
+    """float32 [...]: the loss of every label [...] under logits [..., V], 0 where the label is -100."""
+    logits = logits.astype(jnp.float32)
+    real = labels != IGNORE
+    target = jnp.take_along_axis(logits, jnp.where(real, labels, 0)[..., None], -1)[..., 0]
+    if options.label_smoothing:
+        target = (1 - options.label_smoothing) * target + options.label_smoothing * jnp.mean(logits, -1)
+    normalizer = jax.nn.logsumexp(logits, -1)
+    losses = normalizer - target
+    if options.z_loss:
+        losses = losses + options.z_loss * normalizer**2
+    return jnp.where(real, losses, 0)
+
+
+def summed_loss(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: jax.Array, options: LossOptions) -> jax.Array:
+    """The sum [] of `token_losses` of head(x [B,T,D]) -> [B,T,V] against labels [B,T].
+
+    With options.chunk the logits of so many tokens a row exist at a time, forward and backward: where a gradient is wanted the forward
+    loop makes it at once, so no logits are computed twice."""
+    B, T, D = x.shape
+    if options.chunk is None or options.chunk >= T:
+        return jnp.sum(token_losses(head(x), labels, options))
+    pieces = -(-T // options.chunk)
+    pad = pieces * options.chunk - T
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, pieces, -1, D).swapaxes(0, 1)
+    labels = jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, pieces, -1).swapaxes(0, 1)
+    head, weights = jax.closure_convert(head, x[0])
+    piece = lambda x, labels, weights: jnp.sum(token_losses(head(x, *weights), labels, options))
+
+    @jax.custom_vjp
+    def total(x: jax.Array, labels: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        return lax.scan(lambda sum, xs: (sum + piece(*xs, weights), None), jnp.float32(0), (x, labels))[0]
+
+    def forward(x: jax.Array, labels: jax.Array, weights: list[jax.Array]) -> tuple:
+        def body(carry: tuple, xs: tuple) -> tuple:
+            value, (dx, dw) = jax.value_and_grad(piece, (0, 2))(*xs, weights)
+            return jax.tree.map(jnp.add, carry, (value, dw)), dx  # the sums in float32, whatever dw's dtype
+
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+        (value, dw), dx = lax.scan(body, (jnp.float32(0), zeros), (x, labels))
+        return value, (dx, dw)
+
+    def backward(gradients: tuple, cotangent: jax.Array) -> tuple:
+        dx, dw = gradients
+        return (cotangent * dx).astype(x.dtype), None, [(cotangent * g).astype(w.dtype) for g, w in zip(dw, weights)]
+
+    total.defvjp(forward, backward)
+    return total(x, labels, weights)
 
 
 def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None) -> jax.Array:
