@@ -26,6 +26,7 @@ FAMILIES: dict[str, str | Family] = {
     "gemma": "jaxmodels.models.gemma",
     "gemma2": "jaxmodels.models.gemma2",
     "gemma3_text": "jaxmodels.models.gemma3_text",
+    "glm": "jaxmodels.models.glm",
     "glm4": "jaxmodels.models.glm4",
     "gpt2": "jaxmodels.models.gpt2",
     "gpt_bigcode": "jaxmodels.models.gpt_bigcode",
