@@ -134,9 +134,10 @@ def test_visible_by_positions(data):
     B, T, S = (data.draw(st.integers(1, n)) for n in (3, 5, 7))
     rows = lambda n: np.array(data.draw(st.lists(st.lists(st.integers(-1, 6), min_size=n, max_size=n), min_size=B, max_size=B)), np.int32)
     q, k = rows(T), rows(S)
-    got = np.asarray(visible(q, k))
-    assert got.shape == (B, 1, T, S)
+    got, both = np.asarray(visible(q, k)), np.asarray(visible(q, k, causal=False))
+    assert got.shape == both.shape == (B, 1, T, S)
     for b, t, s in np.ndindex(B, T, S):
+        assert both[b, 0, t, s] == (k[b, s] != -1)
         assert got[b, 0, t, s] == (k[b, s] != -1 and k[b, s] <= q[b, t])
 
 
@@ -155,12 +156,24 @@ def test_register(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [("window",), ("bias",), ("window", "bias"), ("softcap",), ("sinks",), ("window", "softcap", "sinks")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("window",),
+        ("bias",),
+        ("window", "bias"),
+        ("softcap",),
+        ("sinks",),
+        ("window", "softcap", "sinks"),
+        ("causal", "bias"),
+        ("causal", "window"),
+    ],
+)
 def test_options(options, dtype):
     """Against the definition, written out in float64; the implementation is chosen by what the options need."""
     q, k, v, qp, kp = inputs(2, 5, 11, 6, 2, 10, dtype)
     rng = np.random.default_rng(1)
-    values = {"window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
+    values = {"causal": False, "window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
     asked = {name: jnp.asarray(values[name], jnp.float32) if name in ("bias", "sinks") else values[name] for name in options}
     got, _ = attention(q, k, v, qp, kp, **asked)
     a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
@@ -170,7 +183,7 @@ def test_options(options, dtype):
     if "bias" in options:
         logits = logits + values["bias"]
     qp, kp = np.asarray(qp)[:, None, :, None], np.asarray(kp)[:, None, None]
-    seen = (kp >= 0) & (kp <= qp) & (("window" not in options) | (kp > qp - 3))
+    seen = (kp >= 0) & ((kp <= qp) | ("causal" in options)) & (("window" not in options) | (abs(kp - qp) < 3))
     weights = np.where(seen, np.exp(logits), 0)
     extra = np.exp(values["sinks"])[:, None, None] if "sinks" in options else 0
     weights = weights / np.maximum(weights.sum(-1, keepdims=True) + extra, 1e-30)
@@ -181,3 +194,5 @@ def test_an_option_that_is_lacking():
     q, k, v, qp, kp = inputs(1, 2, 4, 2, 2, 3, jnp.float32)
     with pytest.raises(ValueError, match="'xla' has no softcap, which the model needs; possible are eager"):
         attention(q, k, v, qp, kp, softcap=1.0, implementation="xla")
+    with pytest.raises(ValueError, match="'splash' has no bidirectional form, which the model needs; possible are eager, xla"):
+        attention(q, k, v, qp, kp, causal=False, implementation="splash")

@@ -1,7 +1,7 @@
 """Attention over positions, chosen by name.
 
-Masks compare positions, never columns: a query at position p sees the keys at positions 0..p, and -1 marks a slot that
-holds no token. So left padding, buckets and ragged second turns cannot change a number.
+Masks compare positions, never columns: a query at position p sees the keys at positions 0..p, or all of them where attention is not
+causal, and -1 marks a slot that holds no token. So left padding, buckets and ragged second turns cannot change a number.
 
 Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim."""
 
@@ -21,11 +21,15 @@ from jaxmodels.ops.linear import einsum
 Weights = jax.Array | None
 
 
-def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None = None) -> jax.Array:
-    """bool [B,1,T,S]: which of the keys at [B,S] the queries at [B,T] see; with a window, of the last `window` tokens, its own included."""
+def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None = None, causal: bool = True) -> jax.Array:
+    """bool [B,1,T,S]: which of the keys at [B,S] the queries at [B,T] see; with a window, of the last `window` tokens, its own included.
+    Not causal: the keys after a query too, with a window the next `window` tokens as well."""
     queries, keys = q_positions[:, None, :, None], k_positions[:, None, None, :]
-    mask = (keys >= 0) & (keys <= queries)
-    return mask if window is None else mask & (keys > queries - window)
+    mask = (keys >= 0) & (keys <= queries) if causal else jnp.broadcast_to(keys >= 0, (*keys.shape[:2], queries.shape[2], keys.shape[3]))
+    if window is not None:
+        mask &= keys > queries - window
+        mask &= True if causal else keys < queries + window
+    return mask
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -53,6 +57,7 @@ def eager(
     softcap: float | None = None,
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, Weights]:
     """Written out, as torch's eager attention rounds: also returns the weights [B,N,T,S]."""
     B, T, N, H = q.shape
@@ -62,7 +67,7 @@ def eager(
         logits = jnp.tanh(logits / softcap) * softcap
     if bias is not None:
         logits = logits + bias
-    logits = jnp.where(visible(q_positions, k_positions, window), logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(visible(q_positions, k_positions, window, causal), logits, jnp.finfo(jnp.float32).min)
     if sinks is not None:
         column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (B, N, T, 1))
         logits = jnp.concatenate([logits, column], -1)
@@ -80,9 +85,10 @@ def xla(
     scale: float,
     window: int | None = None,
     bias: jax.Array | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, Weights]:
     """jax.nn.dot_product_attention, compiled by XLA."""
-    mask = visible(q_positions, k_positions, window)
+    mask = visible(q_positions, k_positions, window, causal)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, bias, mask=mask, scale=scale, implementation="xla")
@@ -104,12 +110,12 @@ def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     function: Callable[..., tuple[jax.Array, Weights]]
-    options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, rules
+    options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, causal, rules
 
 
 IMPLEMENTATIONS = {
-    "eager": Implementation(eager, ("window", "softcap", "bias", "sinks")),
-    "xla": Implementation(xla, ("window", "bias")),
+    "eager": Implementation(eager, ("window", "softcap", "bias", "sinks", "causal")),
+    "xla": Implementation(xla, ("window", "bias", "causal")),
     "splash": Implementation(splash, ("rules",)),
 }
 HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
@@ -146,15 +152,17 @@ def attention(
     softcap: float | None = None,
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    causal: bool = True,
     implementation: str | None = None,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """Causal attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5.
+    """Attention of q [B,T,N,H] over k, v [B,S,K,H], positions [B,T] and [B,S]; scale defaults to H**-0.5.
 
-    window: tokens seen, the query's own included. softcap: logits are softcap·tanh(logits/softcap). bias: added to the logits,
-    broadcast to [B,N,T,S]. sinks [N]: a logit that takes its share of every softmax. implementation: None is `xla`, or `eager`
-    where that lacks an option. Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
-    asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks}
+    causal: a query sees no later position; else the window reaches both ways. window: tokens seen, the query's own included. softcap:
+    logits are softcap·tanh(logits/softcap). bias: added to the logits, broadcast to [B,N,T,S]. sinks [N]: a logit
+    that takes its share of every softmax. implementation: None is `xla`, or `eager` where that lacks an option. Returns [B,T,N,H] in
+    q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
+    asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks, "causal": None if causal else False}
     options = {name: value for name, value in asked.items() if value is not None}
     if implementation is None:
         implementation = "xla" if set(options) <= set(IMPLEMENTATIONS["xla"].options) else "eager"
@@ -162,7 +170,8 @@ def attention(
     lacking = [name for name in options if name not in chosen.options]
     if lacking:
         able = [name for name, other in IMPLEMENTATIONS.items() if set(options) <= set(other.options)]
-        raise ValueError(f"attention {implementation!r} has no {', '.join(lacking)}, which the model needs; possible are {', '.join(able)}")
+        names = ", ".join("bidirectional form" if name == "causal" else name for name in lacking)
+        raise ValueError(f"attention {implementation!r} has no {names}, which the model needs; possible are {', '.join(able)}")
     if "rules" in chosen.options:
         options["rules"] = rules
     return chosen.function(q, k, v, q_positions, k_positions, q.shape[-1] ** -0.5 if scale is None else scale, **options)
