@@ -22,6 +22,7 @@ FAMILIES: dict[str, str | Family] = {
     "bloom": "jaxmodels.models.bloom",
     "codegen": "jaxmodels.models.codegen",
     "cohere": "jaxmodels.models.cohere",
+    "cohere2": "jaxmodels.models.cohere2",
     "falcon": "jaxmodels.models.falcon",
     "gemma": "jaxmodels.models.gemma",
     "gemma2": "jaxmodels.models.gemma2",
