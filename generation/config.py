@@ -18,7 +18,6 @@ FILE_NAME = "generation_config.json"
 
 # Options of HF's that `generate` does not follow yet, and the values at which they do nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "diversity_penalty": (None, 0.0),
     "constraints": (None,),
@@ -67,6 +66,8 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "top_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "min_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "repetition_penalty": (lambda x: _real(x) and x > 0, "a number above 0"),
+    "num_beams": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "length_penalty": (lambda x: _real(x), "a number"),
     "num_return_sequences": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "output_scores": (lambda x: isinstance(x, bool), "True or False"),
     "output_logits": (lambda x: isinstance(x, bool), "True or False"),
@@ -109,7 +110,7 @@ class GenerationConfig:
     eta_cutoff: float | None = None
     repetition_penalty: Any = None
     encoder_repetition_penalty: float | None = None
-    length_penalty: float | None = None
+    length_penalty: Any = None
     no_repeat_ngram_size: int | None = None
     bad_words_ids: Any = None
     renormalize_logits: bool | None = None
@@ -226,15 +227,14 @@ class GenerationConfig:
         active and not supported."""
         own = GenerationConfig.from_model_config(model_config)
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
+        defaults |= {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})
         active = [f"{k}={v!r}" for k, off in UNSUPPORTED.items() if (v := getattr(full, k)) not in off]
         if active:
             raise ValueError(
-                f"{', '.join(active)}: not supported yet. Supported are greedy decoding and sampling with do_sample, temperature, top_k, "
-                "top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and num_return_sequences"
+                f"{', '.join(active)}: not supported yet. Supported are greedy decoding, beams with num_beams, and sampling with do_sample, temperature, "
+                "top_k, top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and num_return_sequences"
             )
-        if full.num_return_sequences > 1 and not full.do_sample:  # type: ignore[operator]
-            raise ValueError(f"num_return_sequences={full.num_return_sequences} returns equal rows in greedy decoding; set do_sample=True")
         return full
 
 

@@ -127,7 +127,7 @@ def generate(
     room = ((0, 0), (P - unread - T, 0))
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
-    strategy = build_strategy(config, build_processors(config, eos), eos, pad, key, limit)
+    strategy = build_strategy(config, build_processors(config, eos), eos, pad, key, limit, bucket(limit))
     decode = partial(_decode, model, params, strategy)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:

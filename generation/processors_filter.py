@@ -42,7 +42,7 @@ class TopH:
     kind: str = kind("TopH")
 
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
-        top, ids = _largest(logits, min(TOP_H_TOKENS, logits.shape[1]))
+        top, ids = largest(logits, min(TOP_H_TOKENS, logits.shape[1]))
         log_p = jax.nn.log_softmax(top)
         p = jnp.exp(log_p)
         terms = -jnp.where(p == 0, 0, p * log_p)
@@ -164,7 +164,7 @@ def _at_least(values: jax.Array, kept: jax.Array, n: Any) -> jax.Array:
     return kept if n is None else kept | (values >= _cutoff(values, lambda x, _: jnp.ones_like(x), n))
 
 
-def _largest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def largest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of each row [B,V] in descending order, and where they stand: they lie in the k groups with the largest maxima."""
     B, V = values.shape
     if 2 * k * GROUP >= V:
@@ -178,7 +178,7 @@ def _largest(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def _cutoff(values: jax.Array, weigh: Callable[[jax.Array, jax.Array | None], jax.Array], limit: Any) -> jax.Array:
     """[B,1]: the smallest x such that the values above x weigh less than `limit` together. `weigh` of some values and their places
     [B,k], or of all [B,V] and None, gives their weights."""
-    top, ids = _largest(values, PREFIX)
+    top, ids = largest(values, PREFIX)
     weights = weigh(top, ids)
     inside = jnp.cumsum(weights, -1) - weights < limit
     quick = jnp.min(jnp.where(inside, top, jnp.inf), -1, keepdims=True)

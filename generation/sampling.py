@@ -132,11 +132,36 @@ def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
     """int32 [B]: a token of each row of logits [B,V] in proportion to exp(logits). Row b's draw depends on (key, b) and its logits.
 
     One uniform number a row and two short cumulative sums, over blocks and within one: noise for every logit takes ten times as long."""
+    blocks = _blocks(logits)
+    return _draw(key, blocks, blocks.sum(-1))
+
+
+def draw_some(key: jax.Array, logits: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """n tokens of each row of logits [B,V] drawn as by `draw`, one after the other, none twice: their logits [B,n] and places [B,n]
+    int32. Where fewer than n have a probability above 0, the logits of the rest are -2e9."""
+    rows, blocks = jnp.arange(len(logits)), _blocks(logits)
+
+    def one(left: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        blocks, sums = left
+        place = _draw(key, blocks, sums)
+        block = place // BLOCK
+        there = blocks[rows, block, place % BLOCK] > 0
+        blocks = blocks.at[rows, block, place % BLOCK].set(0)
+        return (blocks, sums.at[rows, block].set(blocks[rows, block].sum(-1))), (jnp.where(there, logits[rows, place], -2e9), place)
+
+    _, (values, places) = lax.scan(one, (blocks, blocks.sum(-1)), jax.random.split(key, n))
+    return values.T, places.T
+
+
+def _blocks(logits: jax.Array) -> jax.Array:
+    """exp(logits), the largest 1, in blocks [B,n,BLOCK]."""
     B, V = logits.shape
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    sums = blocks.sum(-1)
-    uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(jnp.arange(B))
+    return jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+
+
+def _draw(key: jax.Array, blocks: jax.Array, sums: jax.Array) -> jax.Array:
+    uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(jnp.arange(len(blocks)))
     target = uniform * sums.sum(-1)
     block, before = _passes(sums, target)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]

@@ -7,12 +7,40 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.generation.beam import EARLY_STOPPING, BeamSearch
 from jaxmodels.generation.processors import LogitsProcessor
+from jaxmodels.generation.processors_base import to_float
 from jaxmodels.generation.sampling import Sampling, Strategy
 
 
 def build_strategy(
-    config: Any, processors: tuple[LogitsProcessor, ...], eos_token_id: np.ndarray, pad_token_id: int, key: jax.Array | None, limit: int
+    config: Any,
+    processors: tuple[LogitsProcessor, ...],
+    eos_token_id: np.ndarray,
+    pad_token_id: int,
+    key: jax.Array | None,
+    limit: int,
+    columns: int,
 ) -> Strategy:
-    """The strategy of a filled GenerationConfig for at most `limit` new tokens. `eos_token_id` [E], -1 for none."""
-    return Sampling(processors, eos_token_id, np.int32(pad_token_id), key if config.do_sample else None, copies=config.num_return_sequences)
+    """The strategy of a filled GenerationConfig for at most `limit` new tokens, in room for `columns`. `eos_token_id` [E], -1 for none.
+    The key is used where config.do_sample is set."""
+    check(config)
+    pad, key = np.int32(pad_token_id), key if config.do_sample else None
+    if config.num_beams > 1:
+        return BeamSearch(
+            processors, eos_token_id, pad, key, to_float(config.length_penalty), np.int32(EARLY_STOPPING[config.early_stopping]),
+            np.int32(limit), copies=config.num_beams, returned=config.num_return_sequences,
+            candidates=max(2, 1 + int((eos_token_id >= 0).sum())), columns=columns,
+        )  # fmt: skip
+    return Sampling(processors, eos_token_id, pad, key, copies=config.num_return_sequences)
+
+
+def check(config: Any) -> None:
+    """Raise ValueError where a filled GenerationConfig's options cannot go together."""
+    beams, returned = config.num_beams, config.num_return_sequences
+    if beams > 1 and returned > beams:
+        raise ValueError(f"num_return_sequences={returned} exceeds num_beams={beams}: beam search returns at most as many as it has beams")
+    if beams == 1 and returned > 1 and not config.do_sample:
+        raise ValueError(
+            f"num_return_sequences={returned} returns equal rows in greedy decoding; set do_sample=True or num_beams={returned} or more"
+        )

@@ -17,15 +17,18 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+MOVED = 16  # slots that `reorder` moves at a time
+
 
 class KV(struct.PyTreeNode):
-    """Keys and values of full attention: [B,S,K,H] on CPU, [B,K,S,H] (`heads_first`) on accelerators, perhaps with a leading L."""
+    """Keys and values of full attention: [B,S,K,H] on CPU, [B,K,S,H] (`heads_first`) on accelerators, perhaps with a leading L.
+    v is None where values are made of the keys."""
 
     k: jax.Array
-    v: jax.Array
+    v: jax.Array | None
     heads_first: bool = struct.field(pytree_node=False, default=False)
 
-    def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[KV, jax.Array, jax.Array, jax.Array]:
+    def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
         axis = 2 if self.heads_first else 1
 
@@ -37,20 +40,31 @@ class KV(struct.PyTreeNode):
             start[axis + 1] = step.index
             return lax.dynamic_update_slice(old, new[None], start)
 
-        state = self.replace(k=write(self.k, k), v=write(self.v, v))
+        state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))
         if not step.fresh:
-            k, v = (_swap(_at(x, step.layer), self.heads_first) for x in (state.k, state.v))
+            k, v = jax.tree.map(lambda x: _swap(_at(x, step.layer), self.heads_first), (state.k, state.v))
         return state, k, v, step.key_positions
 
     def resize(self, slots: int) -> KV:
         """The same tokens in `slots` slots; dropped are the last ones."""
         axis = self.k.ndim - 2 if self.heads_first else self.k.ndim - 3
-        return self.replace(k=_resize(self.k, slots, axis), v=_resize(self.v, slots, axis))
+        return jax.tree.map(lambda x: _resize(x, slots, axis), self)
 
     def take(self, rows: jax.Array) -> KV:
         """The rows [B'] of the batch, in that order."""
         axis = self.k.ndim - 4
-        return self.replace(k=jnp.take(self.k, rows, axis), v=jnp.take(self.v, rows, axis))
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis), self)
+
+    def take_slots(self, rows: jax.Array, start: jax.Array, slots: int) -> KV:
+        """`take` in the slots from start to start + slots - 1 alone."""
+        axis = self.k.ndim - 4
+        place = axis + 2 if self.heads_first else axis + 1
+
+        def moved(x: jax.Array) -> jax.Array:
+            part = jnp.take(lax.dynamic_slice_in_dim(x, start, slots, place), rows, axis)
+            return lax.dynamic_update_slice_in_dim(x, part, start, place)
+
+        return jax.tree.map(moved, self)
 
 
 class SlidingKV(struct.PyTreeNode):
@@ -177,6 +191,25 @@ class Cache(struct.PyTreeNode):
         """The rows [B'] of the batch, in that order, repeats allowed: beams, several samples of a prompt."""
         return self.replace(layers=tuple(state.take(rows) for state in self.layers), positions=self.positions[rows])
 
+    def reorder(self, rows: jax.Array, start: jax.Array, stop: jax.Array) -> Cache:
+        """`take` of as many rows [B] as there are, where row rows[b] holds what row b does in all slots but start to stop - 1: only these
+        are moved, in place, and nothing where the rows stay."""
+        block = MOVED if self.slots % MOVED == 0 else self.slots
+        stays = (rows == jnp.arange(len(rows))).all()
+        part = [i for i, state in enumerate(self.layers) if isinstance(state, KV)]
+        whole = [i for i in range(len(self.layers)) if i not in part]
+        layers = list(self.layers)
+
+        def move(i: jax.Array, states: list[Any]) -> list[Any]:
+            return [state.take_slots(rows, i * block, block) for state in states]
+
+        moved = lax.fori_loop(start // block, jnp.where(stays, 0, -(-stop // block)), move, [layers[i] for i in part])
+        take = lambda states: [state.take(rows) for state in states]
+        taken = lax.cond(stays, lambda states: states, take, [layers[i] for i in whole])
+        for i, state in zip((*part, *whole), (*moved, *taken)):
+            layers[i] = state
+        return self.replace(layers=tuple(layers), positions=self.positions[rows])
+
     def forget(self, emptied: jax.Array) -> Cache:
         """Empty the slots where `emptied` [B,S] is true: rejected drafts, tokens written after a row was finished."""
         return self.replace(positions=jnp.where(emptied, -1, self.positions))
@@ -190,15 +223,16 @@ class LayerSpec(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class KVSpec:
-    """A full-attention layer with `heads` kv heads of `head_dim`."""
+    """A full-attention layer with `heads` kv heads of `head_dim`; no `values` where they are made of the keys."""
 
     heads: int
     head_dim: int
+    values: bool = True
 
     def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> KV:
         last = (self.heads, slots, self.head_dim) if heads_first else (slots, self.heads, self.head_dim)
         shape = (batch, *last) if layers is None else (layers, batch, *last)
-        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), heads_first)
+        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype) if self.values else None, heads_first)
 
 
 @dataclasses.dataclass(frozen=True)
