@@ -152,6 +152,7 @@ def from_pretrained(
     lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
 
     Raises CheckpointError (a ValueError) for a bad checkpoint, ValueError for a bad config."""
+    from jaxmodels.convert.dequantize import dequantized
     from jaxmodels.convert.files import read_checkpoint
     from jaxmodels.convert.load import load
     from jaxmodels.sharding import resolve_rules
@@ -160,7 +161,7 @@ def from_pretrained(
     directory, overrides = _resolve(path, options)
     config = read_config(directory, overrides)
     cls = task.class_for(config) if issubclass(task, _AutoClass) else task
-    source = read_checkpoint(directory, variant=variant)
+    source = dequantized(read_checkpoint(directory, variant=variant), config)
     stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
     model = cls(
         config,
@@ -212,6 +213,7 @@ def json_files(model: Model, tensors: Mapping[str, Any], generation_config: Any 
     """config.json and, where there is one, generation_config.json for a checkpoint of these tensors."""
     dtype = str(main_dtype(tensors))
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
+    config.pop("quantization_config", None)  # what was quantised was dequantised as it was read
     generation = thaw(model.config.generation_config) if generation_config is None else generation_config.to_dict()
     contents = {"config.json": config, "generation_config.json": generation}
     return {name: json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n" for name, values in contents.items() if values}

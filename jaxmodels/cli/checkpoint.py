@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 
 from jaxmodels.auto import AutoModelForCausalLM, conversion_of, find_family, json_files, main_dtype, read_config
 from jaxmodels.cli.main import hub_options
+from jaxmodels.convert.dequantize import dequantized
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.hub import TEXT_FILES, resolve
 from jaxmodels.convert.load import canonical, load, unload
@@ -53,7 +54,7 @@ def convert(args: argparse.Namespace) -> None:
     if is_orbax(directory):
         source = unload(restore_orbax(directory)[0], rules=rules, base_prefix=prefix)
     else:
-        source = read_checkpoint(directory, variant=hub.get("variant"))
+        source = dequantized(read_checkpoint(directory, variant=hub.get("variant")), config)
     expected = flatten(abstract_params(model, main_dtype(source) if args.dtype == "auto" else args.dtype))
     if args.format == "orbax":
         params, _ = load(source, expected, rules=rules, base_prefix=prefix, keep_dtypes=args.dtype == "auto", where=str(directory))
