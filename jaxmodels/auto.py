@@ -38,6 +38,7 @@ FAMILIES: dict[str, str | Family] = {
     "llama": "jaxmodels.models.llama",
     "mistral": "jaxmodels.models.mistral",
     "mpt": "jaxmodels.models.mpt",
+    "nemotron": "jaxmodels.models.nemotron",
     "olmo": "jaxmodels.models.olmo",
     "olmo2": "jaxmodels.models.olmo2",
     "opt": "jaxmodels.models.opt",
