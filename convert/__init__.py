@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_RULES = "Alias Ignore Op Rename Split Stack StackExperts Tie Transpose forward inverse members stack stacks unstack"
+_RULES = "Alias Detachable Ignore Op Rename Split Stack StackExperts Tie Transpose forward inverse members stack stacks unstack"
 _PUBLIC = {
     "errors": ("CheckpointError",),
     "files": ("read_checkpoint", "read_file", "replacing", "write_checkpoint", "write_file"),

@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import quiet
-from jaxmodels.convert.rules import Alias, Ignore, Op, Tensors, Tie, forward, inverse, members, stacks
+from jaxmodels.convert.rules import Alias, Detachable, Ignore, Op, Tensors, Tie, forward, inverse, match, members, stacks
 from jaxmodels.convert.tensors import Tensor, as_tensor, full_index, lengths
 
 _THREADS = 8  # enough to keep a disk busy; memory is bounded by _Budget
@@ -62,13 +62,13 @@ def load(
 
     expected: the dtypes are what the arrays get (with `keep_dtypes`, floating ones stay as stored); `.sharding` None is the default device.
     rules: file to tree. `Alias`, `Tie` and `Ignore` act on the file's keys before the others, wherever they stand.
-    base_prefix: keys outside it are a head's. A head that the file lacks comes from `init(names)`, with a warning; another head is dropped.
+    base_prefix: keys outside it are a head's, and those of a `Detachable`. A head that the file lacks comes from `init(names)`, with a warning; another head is dropped.
     progress: None shows a bar on a terminal once the work takes over two seconds. where: the source's name in messages.
 
     Raises CheckpointError, before anything is read, for a missing, unexpected or doubled key, a wrong shape or kind of dtype."""
     wanted, base = _to_file({name: as_tensor(spec) for name, spec in expected.items()}, rules, base_prefix)
     tensors, ignored, tied = _canonical(source, wanted, rules, base_prefix)
-    dropped = _check(tensors, wanted, base_prefix, init is not None, where)
+    dropped = _check(tensors, wanted, rules, base_prefix, init is not None, where)
     tree = forward(_structure(rules), {key: tensors[key] for key in wanted if key in tensors})
     if base:
         tree = {key.removeprefix(f"{base_prefix}."): tensor for key, tensor in tree.items()}
@@ -98,7 +98,7 @@ def canonical(
     """The file's own tensors, lazily, under the keys it would be written with, after the checks of `load`: file to file, nothing held."""
     wanted, base = _to_file({name: as_tensor(spec) for name, spec in expected.items()}, rules, base_prefix)
     tensors, _, _ = _canonical(source, wanted, rules, base_prefix)
-    _check(tensors, wanted, base_prefix, False, where)
+    _check(tensors, wanted, rules, base_prefix, False, where)
     bare = lambda key: key.removeprefix(f"{base_prefix}.") if base else key
     return {bare(key): tensors[key] for key in sorted(wanted, key=_reading_order)}
 
@@ -149,11 +149,13 @@ def _canonical(
     return tensors, tuple(left[Ignore]), tuple(left[Tie])
 
 
-def _check(tensors: Tensors, wanted: Tensors, base_prefix: str, can_init: bool, where: str) -> tuple[str, ...]:
+def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: str, can_init: bool, where: str) -> tuple[str, ...]:
     """The keys of other heads; raises if anything else is not as wanted."""
+    detachable = [pattern for rule in rules if isinstance(rule, Detachable) for pattern in rule.patterns]
 
     def head(key: str) -> bool:
-        return bool(base_prefix) and not key.startswith(f"{base_prefix}.")
+        inside = key.startswith(f"{base_prefix}.") and all(match(pattern, key) is None for pattern in detachable)
+        return bool(base_prefix) and not inside
 
     missing = [key for key in wanted if key not in tensors and not (head(key) and can_init)]
     extra = [key for key in tensors if key not in wanted]

@@ -12,6 +12,7 @@ inverse(forward(x)) has the keys, shapes, dtypes and bytes of x (for `Alias`, `T
     Alias(canonical, others)                             other names that files use; written back under the canonical one
     Tie(key, canonical)                                  a second copy of a tied weight: accepted, not written
     Ignore(patterns)                                     buffers and the like: reported, not written
+    Detachable(patterns)                                 a part of the base model that some classes lack: as a head to the loader
 
 Keys are patterns over the whole dotted key: `*` is one or more characters other than a dot, `**` any characters, `#` (StackExperts) the
 expert's number. A rule that has several patterns uses the same wildcards in the same order in each; the text that a wildcard matched is
@@ -322,6 +323,20 @@ class Ignore(Op):
 
     def forward(self, tensors: Tensors) -> Tensors:
         return {key: tensor for key, tensor in tensors.items() if all(match(pattern, key) is None for pattern in self.patterns)}
+
+    def inverse(self, tensors: Tensors) -> Tensors:
+        return tensors
+
+
+@dataclass(frozen=True)
+class Detachable(Op):
+    """Keys of the base model that some classes and files lack, BERT's pooler: initialised where the file has none, left out where the
+    class has none, as a head's are."""
+
+    patterns: tuple[str, ...]
+
+    def forward(self, tensors: Tensors) -> Tensors:
+        return tensors
 
     def inverse(self, tensors: Tensors) -> Tensors:
         return tensors

@@ -136,12 +136,14 @@ class CausalLM(Head):
         output_attentions: bool = False,
         loss_options: LossOptions | None = None,
         num_items_in_batch: jax.Array | None = None,
+        **inputs: Any,
     ) -> CausalLMOutput:
         """labels [B,T]: ids, -100 left out; the loss is that of the following token. logits_to_keep: only the last so many, 0 for all.
+        inputs: what else the base model takes, such as token_type_ids.
 
         loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the loss is then the sum over labels
         divided by num_items_in_batch [], by default how many labels count here."""
-        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions)
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions, **inputs)
         x = out.last_hidden_state
         if labels is not None and loss_options is not None:
             loss = self._training_loss(x, labels, loss_options, num_items_in_batch)
@@ -211,9 +213,10 @@ class TokenClassification(Head):
         labels: jax.Array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **inputs: Any,
     ) -> TokenClassifierOutput:
-        """labels [B,T]: classes, -100 left out."""
-        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions)
+        """labels [B,T]: classes, -100 left out. inputs: what else the base model takes, such as token_type_ids."""
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions, **inputs)
         logits = getattr(self, self.head_name)(out.last_hidden_state)
         loss = None if labels is None else cross_entropy(logits, labels)
         return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
@@ -234,9 +237,10 @@ class QuestionAnswering(Head):
         end_positions: jax.Array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **inputs: Any,
     ) -> QuestionAnsweringOutput:
-        """start_positions and end_positions [B]: token columns of the answer."""
-        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions)
+        """start_positions and end_positions [B]: token columns of the answer. inputs: what else the base model takes."""
+        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions, **inputs)
         start, end = jnp.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
         wanted = start_positions is not None and end_positions is not None
         loss = span_loss(start, end, start_positions, end_positions) if wanted else None  # type: ignore[arg-type]

@@ -47,12 +47,44 @@ class BaseModelOutput(ModelOutput):
 
 
 @struct.dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """As BaseModelOutput; pooler_output [B,D] stands for a whole row, where the model has a pooler."""
+
+    last_hidden_state: jax.Array
+    pooler_output: Any = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
 class CausalLMOutput(ModelOutput):
     """loss [] float32 when labels were given; logits [B,T,V]."""
 
     loss: jax.Array | None = None
     logits: Any = None
     cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class MaskedLMOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B,T,V]."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class PreTrainingOutput(ModelOutput):
+    """loss [] float32 when both labels were given; prediction_logits [B,T,V]; seq_relationship_logits [B,2]."""
+
+    loss: jax.Array | None = None
+    prediction_logits: Any = None
+    seq_relationship_logits: Any = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
