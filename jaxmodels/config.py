@@ -79,7 +79,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, in the spellings of transformers 4 and 5 where they differ."""
-        apart = ("extra", "num_labels", "attn_implementation", "generation_config", "rope_parameters")
+        apart = ("extra", "num_labels", "attn_implementation", "experts_implementation", "generation_config", "rope_parameters")
         out = {**self.extra, "model_type": self.model_type, **{n: thaw(getattr(self, n)) for n in self.field_names() if n not in apart}}
         if self.num_labels != len(self.extra.get("id2label") or (0, 1)):
             out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}

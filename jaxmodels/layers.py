@@ -148,12 +148,22 @@ class Rope(struct.PyTreeNode):
     interleaved: bool = struct.field(pytree_node=False, default=False)  # pairs are (2i, 2i + 1)
 
 
+class Packed(struct.PyTreeNode):
+    """In the place of an attention_mask: rows that hold several documents one after the other. segment_ids [B,T] int: 0 for padding,
+    another number than its neighbours' for each document. Every document has positions from 0 and sees itself alone."""
+
+    segment_ids: jax.Array
+
+
 class Step(struct.PyTreeNode):
     """What one forward pass hands to every layer."""
 
     positions: jax.Array  # [B,T], -1 for padding
     key_positions: jax.Array  # [B,S] with the new tokens; S = T without a cache or into a fresh one
     index: jax.Array | None = None  # the cache slot of the first new token
+    packed: jax.Array | None = (
+        None  # [B,T] where rows hold several documents: positions so far apart that a window of T keeps them separate
+    )
     rope: Any = None  # Rope, or what else the family's layers look up by position
     layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
     number: Any = 0  # the layer's place among all, an int or traced
@@ -162,6 +172,7 @@ class Step(struct.PyTreeNode):
     attention: str | None = struct.field(pytree_node=False, default=None)
     output_hidden_states: bool = struct.field(pytree_node=False, default=False)
     output_attentions: bool = struct.field(pytree_node=False, default=False)
+    output_router_logits: bool = struct.field(pytree_node=False, default=False)
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x if self.rules is None else self.rules.constrain(x, axes)
@@ -172,6 +183,10 @@ class Step(struct.PyTreeNode):
 
     def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any, interleaved: bool = False) -> Rope:
         """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare. `dtype`: of cos and sin."""
+        if rope.length_dependent and self.packed is not None:
+            raise ValueError(
+                f"rope type {rope.rope_type!r} turns by a row's length; packed rows have several: give every document its own row"
+            )
         turned = self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape)
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
         frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
@@ -179,9 +194,13 @@ class Step(struct.PyTreeNode):
         return Rope(rope_table(frequencies, scale, turned, dtype), frequencies if late else None, scale, interleaved)
 
 
-def begin(shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache | None, **static: Any) -> tuple[Step, Cache | None]:
+def begin(
+    shape: tuple[int, int], attention_mask: jax.Array | Packed | None, cache: Cache | None, **static: Any
+) -> tuple[Step, Cache | None]:
     """The step for [B,T] new tokens and the cache with their positions noted (its states not yet written)."""
     B, T = shape
+    if isinstance(attention_mask, Packed):
+        return _begin_packed(shape, attention_mask.segment_ids, cache, **static), None
     real = jnp.ones((B, T), bool)
     if attention_mask is not None:
         columns = attention_mask.shape[-1]
@@ -197,10 +216,22 @@ def begin(shape: tuple[int, int], attention_mask: jax.Array | None, cache: Cache
     return Step(positions, keys, cache.index, fresh=cache.fresh, **static), after
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None = None, **options: Any) -> tuple:
-    """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None.
+def _begin_packed(shape: tuple[int, int], ids: jax.Array, cache: Cache | None, **static: Any) -> Step:
+    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids are {ids.dtype} {ids.shape}; expected integers {shape}, 0 for padding and a number per document")
+    if cache is not None:
+        raise ValueError("packed rows cannot be continued from a cache: give every document its own row")
+    T = shape[1]
+    columns, real = jnp.arange(T), ids > 0
+    starts = real & (ids != jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1])
+    begun = jax.lax.cummax(jnp.where(starts, columns, 0), axis=1)
+    positions = jnp.where(real, columns - begun, -1)
+    return Step(positions, positions, packed=jnp.where(real, columns + T * jnp.cumsum(starts, 1), -1), **static)
 
-    options: those of jaxmodels.ops.attention.attention, such as scale and window."""
+
+def remember(q: jax.Array, k: jax.Array, v: Any, state: Any, step: Step, rope: Rope | None = None) -> tuple:
+    """Rotate q [B,T,N,H] and k [B,T,K,H] and write k and v to the state -> q, all keys [B,S,K,H] and values and their positions [B,S],
+    the state."""
     late = rope is not None and rope.frequencies is not None
     if rope is not None:
         q = rotate(q, rope.new, rope.interleaved)
@@ -211,8 +242,26 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rop
     if late:
         table = rope_table(rope.frequencies, rope.scale, k_positions, k.dtype)  # type: ignore[union-attr,arg-type]
         k = rotate(k, table, rope.interleaved)  # type: ignore[union-attr]
-    out, weights = attention(q, k, v, step.positions, k_positions, implementation=step.attention, rules=step.rules, **options)
-    return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
+    return q, k, v, k_positions, state
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rope: Rope | None = None, **options: Any) -> tuple:
+    """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None.
+
+    options: those of jaxmodels.ops.attention.attention, such as scale and window."""
+    q, k, v, k_positions, state = remember(q, k, v, state, step, rope)
+    out, weights = look(q, k, v, k_positions, step, **options)
+    return out.reshape(*out.shape[:2], -1), state, weights
+
+
+def look(q: jax.Array, k: jax.Array, v: jax.Array, k_positions: jax.Array, step: Step, **options: Any) -> tuple:
+    """Attention of the step's queries over keys at positions [B,S] -> out [B,T,N,H], the weights or None."""
+    positions = step.positions
+    if step.packed is not None:
+        positions, k_positions, T = step.packed, step.packed, q.shape[1]
+        options["window"] = min(options.get("window") or T, T)
+    out, weights = attention(q, k, v, positions, k_positions, implementation=step.attention, rules=step.rules, **options)
+    return out, weights if step.output_attentions else None
 
 
 def remat_policy(name: str) -> Any:
@@ -228,7 +277,8 @@ def remat_policy(name: str) -> Any:
 class Layers(nn.Module):
     """The stack: `block(config)`, or `block(config, kind=kind)` where config.layer_kinds names kinds, once per layer.
 
-    A block is called `(x [B,T,D], state, step) -> (x, state, attention weights or None)`. Unrolled, layer i owns the parameters
+    A block is called `(x [B,T,D], state, step) -> (x, state, attention weights or None)`, the last perhaps in a tuple with what else a
+    family's layers report, None where not asked for. Unrolled, layer i owns the parameters
     `i`. Scanned, each segment of repeating kinds is one loop, and layers start, start+period, … below stop share the
     parameters `start:stop:period` with a leading [layers] axis; the states ride in the loop's carry."""
 
@@ -258,8 +308,9 @@ class Layers(nn.Module):
                 mine = (state,)
             else:
                 x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats)
-                inputs += [None if ins[j] is None else ins[j][i] for i in range(repeats) for j in range(period)]
-                weights += [None if ws[j] is None else ws[j][i] for i in range(repeats) for j in range(period)]
+                pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+                inputs += [pick(ins[j], i) for i in range(repeats) for j in range(period)]
+                weights += [pick(ws[j], i) for i in range(repeats) for j in range(period)]
             done += mine or ()
         return x, None if states is None else tuple(done), inputs, weights
 

@@ -69,6 +69,30 @@ class CausalLMOutput(ModelOutput):
 
 
 @struct.dataclass
+class MoeModelOutput(ModelOutput):
+    """As BaseModelOutput; router_logits: [B,T,E] of each layer that has experts."""
+
+    last_hidden_state: jax.Array
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    router_logits: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class MoeCausalLMOutput(ModelOutput):
+    """As CausalLMOutput; aux_loss [] float32, the router's, which `loss` includes times the config's coefficient."""
+
+    loss: jax.Array | None = None
+    aux_loss: jax.Array | None = None
+    logits: Any = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+    router_logits: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
 class MaskedLMOutput(ModelOutput):
     """loss [] float32 when labels were given; logits [B,T,V]."""
 
