@@ -153,6 +153,56 @@ class SlidingKV(struct.PyTreeNode):
         return self._with(pick(self.k), pick(self.v), pick(self.positions), pick(self.skipped), self.next)
 
 
+class CrossKV(struct.PyTreeNode):
+    """Keys and values of an encoder's tokens, computed once: k, v as in KV, positions [B,S], -1 for padding; all perhaps with a leading L."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    heads_first: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    def room(self, slots: int) -> CrossKV:
+        """Empty, for an encoder's output of `slots` tokens."""
+        empty = lambda x, axis: jnp.zeros((*x.shape[: x.ndim + axis], slots, *x.shape[x.ndim + axis + 1 :]), x.dtype)
+        axis = -2 if self.heads_first else -3
+        return self.replace(k=empty(self.k, axis), v=empty(self.v, axis), positions=empty(self.positions, -1))
+
+    def write(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> CrossKV:
+        """Take in k, v [B,S,K,H] at positions [B,S]."""
+        k, v = (_swap(x, self.heads_first) for x in (k, v))
+        return self.replace(k=_put(self.k, k, layer), v=_put(self.v, v, layer), positions=_put(self.positions, positions, layer))
+
+    def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys, values [B,S,K,H] and positions [B,S]."""
+        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, _at(self.positions, layer)
+
+    def take(self, rows: jax.Array) -> CrossKV:
+        return jax.tree.map(lambda x: jnp.take(x, rows, self.positions.ndim - 2), self)
+
+
+class EncoderDecoderKV(struct.PyTreeNode):
+    """A decoder layer's memory of its own tokens and of the encoder's."""
+
+    own: Any
+    cross: CrossKV
+
+    def resize(self, slots: int) -> EncoderDecoderKV:
+        """Room for `slots` tokens of the decoder."""
+        return self.replace(own=self.own.resize(slots))
+
+    def take(self, rows: jax.Array) -> EncoderDecoderKV:
+        return self.replace(own=self.own.take(rows), cross=self.cross.take(rows))
+
+    def take_slots(self, rows: jax.Array, start: jax.Array, slots: int) -> EncoderDecoderKV:
+        """As KV's: rows that share all other slots have read the same encoder's output."""
+        return self.replace(own=self.own.take_slots(rows, start, slots))
+
+
 class Cache(struct.PyTreeNode):
     """`layers`: the states; `positions` [B,S] int32, -1 where a slot holds no token; `index` [] int32, the next slot to write;
     `fresh`: nothing was written yet, so a first chunk need not look at the slots."""
@@ -249,6 +299,22 @@ class SlidingKVSpec:
         lead = () if layers is None else (layers,)
         positions, skipped = jnp.full((*lead, batch, W), -1, jnp.int32), jnp.zeros((*lead, batch), bool)
         return SlidingKV(kv.k, kv.v, positions, skipped, jnp.zeros(lead, jnp.int32), self.window, heads_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderSpec:
+    """A decoder layer of an encoder-decoder model: `own` of its self-attention, and cross-attention with `heads` kv heads of `head_dim`.
+    The encoder's keys and values find room when there are any."""
+
+    own: LayerSpec
+    heads: int
+    head_dim: int
+
+    def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> EncoderDecoderKV:
+        kv = KVSpec(self.heads, self.head_dim).init(batch, 0, dtype, layers=layers, heads_first=heads_first)
+        positions = jnp.zeros((batch, 0) if layers is None else (layers, batch, 0), jnp.int32)
+        own = self.own.init(batch, slots, dtype, layers=layers, heads_first=heads_first)
+        return EncoderDecoderKV(own, CrossKV(kv.k, kv.v, positions, heads_first))  # type: ignore[arg-type]
 
 
 def segments(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
