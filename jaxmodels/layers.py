@@ -155,6 +155,13 @@ class Packed(struct.PyTreeNode):
     segment_ids: jax.Array
 
 
+class Source(struct.PyTreeNode):
+    """What a decoder reads: an encoder's output [B,S,D] for tokens at positions [B,S], -1 for padding."""
+
+    hidden: jax.Array
+    positions: jax.Array
+
+
 class Step(struct.PyTreeNode):
     """What one forward pass hands to every layer."""
 
@@ -165,6 +172,7 @@ class Step(struct.PyTreeNode):
         None  # [B,T] where rows hold several documents: positions so far apart that a window of T keeps them separate
     )
     rope: Any = None  # Rope, or what else the family's layers look up by position
+    source: Source | None = None  # of cross-attention; None where the cache holds its keys and values
     layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
     number: Any = 0  # the layer's place among all, an int or traced
     fresh: bool = struct.field(pytree_node=False, default=False)  # the cache held nothing: new keys are all keys
@@ -262,6 +270,20 @@ def look(q: jax.Array, k: jax.Array, v: jax.Array, k_positions: jax.Array, step:
         options["window"] = min(options.get("window") or T, T)
     out, weights = attention(q, k, v, positions, k_positions, implementation=step.attention, rules=step.rules, **options)
     return out, weights if step.output_attentions else None
+
+
+def cross_attend(q: jax.Array, project: Callable[[jax.Array], tuple], state: Any, step: Step, **options: Any) -> tuple:
+    """q [B,T,N,H] attends to the encoder's tokens: out [B,T,N*H], the state with their keys and values, the weights or None.
+
+    `project`: hidden [B,S,D] -> k, v [B,S,K,H], called and remembered where the step has a source; otherwise the state's count."""
+    if step.source is None:
+        k, v, positions = state.read(step.layer)
+    else:
+        (k, v), positions = project(step.source.hidden), step.source.positions
+        state = None if state is None else state.write(k, v, positions, step.layer)
+    options = {"causal": False, "implementation": step.attention, "rules": step.rules, **options}
+    out, weights = attention(q, k, v, step.positions, positions, **options)
+    return out.reshape(*out.shape[:2], -1), state, weights if step.output_attentions else None
 
 
 def remat_policy(name: str) -> Any:

@@ -143,3 +143,62 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Any = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class Seq2SeqModelOutput(ModelOutput):
+    """last_hidden_state [B,T,D] of the decoder, encoder_last_hidden_state [B,S,D] (None where the cache stood for the encoder);
+    decoder_attentions [B,N,T,T], cross_attentions [B,N,T,S], encoder_attentions [B,N,S,S] each."""
+
+    last_hidden_state: jax.Array
+    cache: Any = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: Any = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class Seq2SeqLMOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B,T,V]; the rest as Seq2SeqModelOutput."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    cache: Any = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: Any = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class Seq2SeqSequenceClassifierOutput(ModelOutput):
+    """loss [] float32 when labels were given; logits [B, num_labels]; the rest as Seq2SeqModelOutput."""
+
+    loss: jax.Array | None = None
+    logits: Any = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: Any = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
+class Seq2SeqQuestionAnsweringOutput(ModelOutput):
+    """loss [] float32 when positions were given; start_logits and end_logits [B,T]; the rest as Seq2SeqModelOutput."""
+
+    loss: jax.Array | None = None
+    start_logits: Any = None
+    end_logits: Any = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    decoder_attentions: tuple[jax.Array, ...] | None = None
+    cross_attentions: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: Any = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_attentions: tuple[jax.Array, ...] | None = None
