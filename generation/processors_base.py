@@ -5,6 +5,7 @@ Axis letters: B rows, W columns of tokens, V vocabulary, E token ids."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -17,12 +18,20 @@ from jax import lax
 class Follower(Protocol):
     """A pytree that reads every row's tokens as they come: a stop string's automaton, a grammar's state. It says its `kind`."""
 
+    def start(self, sequences: Sequences) -> Any:
+        """Itself over the rows of the prompt's sequences."""
+        ...
+
     def append(self, tokens: jax.Array, real: jax.Array) -> Any:
         """Itself after one more token a row, [B] each; a row whose token is not real stays as it is."""
         ...
 
     def take(self, rows: jax.Array) -> Any:
         """Itself over the rows [B'], in that order."""
+        ...
+
+    def stopped(self, sequences: Sequences) -> jax.Array | None:
+        """Rows that end with their newest token, bool [B]; None where it never ends one."""
         ...
 
 
@@ -51,6 +60,15 @@ class Sequences:
         put = lambda whole, column: lax.dynamic_update_slice_in_dim(whole, column[:, None].astype(whole.dtype), self.width, 1)
         followers = tuple(follower.append(tokens, real) for follower in self.followers)
         return Sequences(put(self.tokens, tokens), put(self.real, real), self.width + 1, self.length + 1, self.new + 1, followers)
+
+    def follow(self, followers: tuple[Any, ...]) -> Sequences:
+        """With followers that have read the prompt."""
+        return dataclasses.replace(self, followers=tuple(follower.start(self) for follower in followers))
+
+    def stopped(self) -> jax.Array:
+        """Rows that a follower ends with the newest token, bool [B]."""
+        ends = [follower.stopped(self) for follower in self.followers]
+        return functools.reduce(jnp.logical_or, (end for end in ends if end is not None), jnp.zeros(len(self.tokens), bool))
 
     def take(self, rows: jax.Array) -> Sequences:
         """The rows [B'], in that order."""

@@ -12,14 +12,14 @@ from .tokenizer import CLEAN_UP, Tokenizer
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def _byte_table() -> dict[str, int]:
+def byte_table() -> dict[str, int]:
     """The printable characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_table()
+_BYTES = byte_table()
 
 
 class _Bytes:
