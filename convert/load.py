@@ -151,7 +151,9 @@ def _canonical(
 
 def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: str, can_init: bool, where: str) -> tuple[str, ...]:
     """The keys of other heads; raises if anything else is not as wanted."""
-    detachable = [pattern for rule in rules if isinstance(rule, Detachable) for pattern in rule.patterns]
+    detachable = [pattern for rule in rules if isinstance(rule, Detachable) and not rule.required for pattern in rule.patterns]
+    required = [pattern for rule in rules if isinstance(rule, Detachable) and rule.required for pattern in rule.patterns]
+    foreign = [pattern for pattern in required if all(match(pattern, key) is None for key in wanted)]
 
     def head(key: str) -> bool:
         inside = key.startswith(f"{base_prefix}.") and all(match(pattern, key) is None for pattern in detachable)
@@ -159,7 +161,8 @@ def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: 
 
     missing = [key for key in wanted if key not in tensors and not (head(key) and can_init)]
     extra = [key for key in tensors if key not in wanted]
-    unexpected = [key for key in extra if not head(key)]
+    dropped = tuple(key for key in extra if head(key) or any(match(pattern, key) is not None for pattern in foreign))
+    unexpected = [key for key in extra if key not in dropped]
     wrong = [key for key in wanted if key in tensors and not _fits(tensors[key], wanted[key])]
 
     def lines(title: str, keys: list[str], line: Callable[[str], str]) -> list[str]:
@@ -177,7 +180,7 @@ def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: 
     ]
     if problems:
         raise CheckpointError("\n".join([f"{where} does not fit the model (another config.json, or another class?):", *problems]))
-    return tuple(key for key in extra if head(key))
+    return dropped
 
 
 def _show(tensor: Tensor) -> str:

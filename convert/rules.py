@@ -12,7 +12,7 @@ inverse(forward(x)) has the keys, shapes, dtypes and bytes of x (for `Alias`, `T
     Alias(canonical, others)                             other names that files use; written back under the canonical one
     Tie(key, canonical)                                  a second copy of a tied weight: accepted, not written
     Ignore(patterns)                                     buffers and the like: reported, not written
-    Detachable(patterns)                                 a part of the base model that some classes lack: as a head to the loader
+    Detachable(patterns, required=False)                 a part of the base model that some classes lack: as a head to the loader
 
 Keys are patterns over the whole dotted key: `*` is one or more characters other than a dot, `**` any characters, `#` (StackExperts) the
 expert's number. A rule that has several patterns uses the same wildcards in the same order in each; the text that a wildcard matched is
@@ -330,10 +330,11 @@ class Ignore(Op):
 
 @dataclass(frozen=True)
 class Detachable(Op):
-    """Keys of the base model that some classes and files lack, BERT's pooler: initialised where the file has none, left out where the
-    class has none, as a head's are."""
+    """Keys of the base model that some classes and files lack, BERT's pooler: initialised where the file has none (with `required` that is
+    an error), left out where the class has none, as a head's are."""
 
     patterns: tuple[str, ...]
+    required: bool = False
 
     def forward(self, tensors: Tensors) -> Tensors:
         return tensors

@@ -21,6 +21,7 @@ class Config:
     model_type: ClassVar[str] = ""
     spelled: ClassVar[Mapping[str, str]] = {}  # field -> its key in config.json, where that has another name; both are read
     old_names: ClassVar[Mapping[str, str]] = {}  # key of older files -> field
+    is_encoder_decoder: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int
@@ -74,7 +75,8 @@ class Config:
             raise ValueError(f"config of {cls.model_type or cls.__name__} lacks {', '.join(absent)}; found are {', '.join(sorted(values))}")
         known = {k: _freeze(v) for k, v in values.items() if k in fields}
         for name, value in known.items():
-            _check(cls, name, fields[name].type, value)
+            if value is not None or fields[name].default is not None:
+                _check(cls, name, fields[name].type, value)
         return cls(**known, extra={k: v for k, v in values.items() if k not in fields})
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +98,10 @@ class Config:
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(f.name for f in dataclasses.fields(cls))
+
+    def matched(self, tensors: Mapping[str, Any]) -> Self:
+        """As the tensors of a checkpoint show it to be, where config.json does not tell; by default itself."""
+        return self
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)

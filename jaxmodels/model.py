@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxmodels.cache import Cache
-from jaxmodels.layers import Linear, Step, begin
+from jaxmodels.cache import Cache, KVSpec, SlidingKVSpec
+from jaxmodels.layers import Linear, Packed, Step, begin
 from jaxmodels.ops.attention import resolve_attention
 from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss, classification_loss, cross_entropy, span_loss, summed_loss
 from jaxmodels.outputs import (
@@ -42,10 +42,15 @@ class Model(nn.Module):
 
     base_name: ClassVar[str] = ""  # the attribute, and so the prefix in a checkpoint, that holds the base model; empty in a base model
     float32_params: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that keep float32 whatever the dtype
+    float16_unsafe: ClassVar[tuple[str, ...]] = ()  # and of those that keep it in a float16 model, as in HF
 
     def options(self) -> dict[str, Any]:
         """The fields that a part of this model is built with."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(Model) if f.name not in ("parent", "name")}
+
+    def example_inputs(self) -> dict[str, jax.Array]:
+        """The smallest inputs: what initialisation is traced with."""
+        return {"input_ids": jnp.zeros((1, 1), jnp.int32)}
 
     @property
     def axis_units(self) -> Mapping[str, int]:
@@ -55,7 +60,7 @@ class Model(nn.Module):
     def start(
         self,
         input_ids: jax.Array | None,
-        attention_mask: jax.Array | None,
+        attention_mask: jax.Array | Packed | None,
         inputs_embeds: jax.Array | None,
         cache: Cache | None,
         output_hidden_states: bool,
@@ -73,11 +78,24 @@ class Model(nn.Module):
                 f"attention {attention or 'xla'!r} returns no weights: this call runs 'eager' for output_attentions", stacklevel=3
             )
             attention = "eager"
-        if attention_mask is not None:
+        if isinstance(attention_mask, Packed):
+            self._check_packing(attention)
+        elif attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
         static = {"rules": self.rules, "attention": attention}
         static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return begin((B, T), attention_mask, cache, **static)
+
+    def _check_packing(self, attention: str | None) -> None:
+        specs = {self.config.layer_spec(kind) for kind in self.config.layer_kinds}
+        other = sorted({type(spec).__name__ for spec in specs if not isinstance(spec, KVSpec | SlidingKVSpec)})
+        if other:
+            raise ValueError(
+                f"{type(self).__name__} has layers that carry more than keys and values from token to token ({', '.join(other)}): packed "
+                "documents would leak into each other; give every document its own row"
+            )
+        if attention == "splash":
+            raise ValueError("attention 'splash' cannot keep packed documents apart; choose 'xla' or 'eager', or one document per row")
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> None:
@@ -134,6 +152,7 @@ class CausalLM(Head):
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        segment_ids: jax.Array | None = None,
         loss_options: LossOptions | None = None,
         num_items_in_batch: jax.Array | None = None,
         **inputs: Any,
@@ -141,8 +160,11 @@ class CausalLM(Head):
         """labels [B,T]: ids, -100 left out; the loss is that of the following token. logits_to_keep: only the last so many, 0 for all.
         inputs: what else the base model takes, such as token_type_ids.
 
-        loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the loss is then the sum over labels
+        segment_ids [B,T], instead of attention_mask: several documents in a row, 0 for padding and a number for each document; the first
+        token of a document is nobody's label. loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the loss is then the sum over labels
         divided by num_items_in_batch [], by default how many labels count here."""
+        if segment_ids is not None:
+            attention_mask, labels = pack(segment_ids, attention_mask, labels)  # type: ignore[assignment]
         out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions, **inputs)
         x = out.last_hidden_state
         if labels is not None and loss_options is not None:
@@ -164,6 +186,17 @@ class CausalLM(Head):
         labels = labels[:, 1:]
         total = summed_loss(head, x[:, :-1], labels, options)
         return total / (jnp.sum(labels != IGNORE) if num_items is None else num_items)
+
+
+def pack(segment_ids: jax.Array, attention_mask: Any, labels: jax.Array | None) -> tuple[Packed, jax.Array | None]:
+    """segment_ids [B,T] as a mask, and labels [B,T] without the documents' first tokens and padding."""
+    if attention_mask is not None:
+        raise ValueError("segment_ids take the place of attention_mask: padding has segment 0; found both")
+    segment_ids = jnp.asarray(segment_ids)
+    if labels is not None:
+        same = segment_ids == jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+        labels = jnp.where(same & (segment_ids > 0), labels, IGNORE)
+    return Packed(segment_ids), labels
 
 
 class SequenceClassification(Head):

@@ -24,12 +24,13 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def _boxed(model: nn.Module, key: jax.Array) -> Tree:
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return model.init(key, **model.example_inputs())["params"]
 
 
 def param_dtype(model: Any, key: str, dtype: Any) -> Any:
     """The dtype of one parameter in a tree of `dtype`: float32 where the family declares so."""
-    return jnp.float32 if any(re.fullmatch(pattern, key) for pattern in model.float32_params) else dtype
+    patterns = model.float32_params + (model.float16_unsafe if dtype == jnp.float16 else ())
+    return jnp.float32 if any(re.fullmatch(pattern, key) for pattern in patterns) else dtype
 
 
 def _abstract(model: Any) -> Tree:
