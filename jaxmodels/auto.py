@@ -19,6 +19,7 @@ from jaxmodels.model import Model
 from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
 
 FAMILIES: dict[str, str | Family] = {
+    "bert": "jaxmodels.models.bert",
     "bloom": "jaxmodels.models.bloom",
     "codegen": "jaxmodels.models.codegen",
     "cohere": "jaxmodels.models.cohere",
