@@ -28,6 +28,12 @@ class KV(struct.PyTreeNode):
     v: jax.Array | None
     heads_first: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def axes(self) -> KV:
+        """The logical axes of every leaf, a leading L aside."""
+        axes = _kv_axes(self.heads_first)
+        return KV(axes, None if self.v is None else axes, self.heads_first)  # type: ignore[arg-type]
+
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
         axis = 2 if self.heads_first else 1
@@ -80,6 +86,11 @@ class SlidingKV(struct.PyTreeNode):
     next: jax.Array
     window: int = struct.field(pytree_node=False)
     heads_first: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def axes(self) -> SlidingKV:
+        axes = _kv_axes(self.heads_first)
+        return self._with(axes, axes, ("batch", None), ("batch",), ())  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[SlidingKV, jax.Array, jax.Array, jax.Array]:
         """Take in k, v [B,T,K,H]; also returns keys, values [B,S,K,H] and positions [B,S] of what the new tokens may see."""
@@ -162,6 +173,11 @@ class CrossKV(struct.PyTreeNode):
     heads_first: bool = struct.field(pytree_node=False, default=False)
 
     @property
+    def axes(self) -> CrossKV:
+        axes = _kv_axes(self.heads_first)
+        return CrossKV(axes, axes, ("batch", None), self.heads_first)  # type: ignore[arg-type]
+
+    @property
     def slots(self) -> int:
         return self.positions.shape[-1]
 
@@ -190,6 +206,10 @@ class EncoderDecoderKV(struct.PyTreeNode):
 
     own: Any
     cross: CrossKV
+
+    @property
+    def axes(self) -> EncoderDecoderKV:
+        return EncoderDecoderKV(self.own.axes, self.cross.axes)
 
     def resize(self, slots: int) -> EncoderDecoderKV:
         """Room for `slots` tokens of the decoder."""
@@ -343,7 +363,22 @@ def init_cache(model: Any, batch: int, slots: int, dtype: Any = None) -> Cache:
             layers = None if repeats == 1 else repeats
             spec: LayerSpec = model.config.layer_spec(kind)
             states.append(spec.init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
-    return Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
+    cache = Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
+    return cache if model.rules is None else lax.with_sharding_constraint(cache, cache_shardings(cache, model.rules))
+
+
+def cache_shardings(cache: Cache, rules: Any) -> Cache:
+    """Where every leaf of a cache, or of its shapes, lives under the rules: rows and kv heads are split, slots are not."""
+
+    def place(leaf: Any, axes: tuple[str | None, ...]) -> Any:
+        return rules.sharding((None,) * (len(leaf.shape) - len(axes)) + axes, leaf.shape)
+
+    layers = tuple(jax.tree.map(place, state, state.axes) for state in cache.layers)
+    return cache.replace(layers=layers, positions=place(cache.positions, ("batch", None)), index=place(cache.index, ()))
+
+
+def _kv_axes(heads_first: bool) -> tuple[str | None, ...]:
+    return ("batch", "act_kv_heads", None, None) if heads_first else ("batch", None, "act_kv_heads", None)
 
 
 def _swap(x: jax.Array, heads_first: bool) -> jax.Array:

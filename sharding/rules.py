@@ -1,7 +1,7 @@
 """Logical axes to mesh axes: models name what an axis is, a `Rules` value says where it lives.
 
 Parameters carry `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `experts`, `layers`; activations `batch`, `seq`, `act_embed`,
-`act_heads`, `act_mlp`, `act_vocab`. Mesh axes are `data`, `fsdp`, `tensor`, `sequence`, `expert`."""
+`act_heads`, `act_kv_heads`, `act_mlp`, `act_vocab`. Mesh axes are `data`, `fsdp`, `tensor`, `sequence`, `expert`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Table = tuple[tuple[str, tuple[str, ...]], ...]
 _ACTIVATIONS: Table = (
     ("batch", ("data", "fsdp", "expert")),
     ("act_heads", ("tensor",)),
+    ("act_kv_heads", ("tensor",)),
     ("act_mlp", ("tensor",)),
     ("act_vocab", ("tensor",)),
 )
