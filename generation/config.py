@@ -232,8 +232,8 @@ class GenerationConfig:
         active = [f"{k}={v!r}" for k, off in UNSUPPORTED.items() if (v := getattr(full, k)) not in off]
         if active:
             raise ValueError(
-                f"{', '.join(active)}: not supported yet. Supported are greedy decoding, beams with num_beams, and sampling with do_sample, "
-                "temperature, top_k, top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and "
+                f"{', '.join(active)}: not supported yet. Supported are greedy decoding, beams with num_beams, and sampling, by "
+                "do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and "
                 "num_return_sequences"
             )
         return full

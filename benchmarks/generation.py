@@ -1,0 +1,114 @@
+"""`generate` of torch `transformers` and of jaxmodels in turn, on random weights of the SmolLM2-135M shape, float32: a table with ratios.
+
+    python benchmarks/generation.py [--only beam,reorder] [--rounds 3]
+
+A ratio is torch's time over ours, both taken in turn in one process: above 1 jaxmodels is faster. Needs the extra `test`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from shapes import SMOLLM2_135M, paired, versions, write_checkpoint
+
+import jaxmodels as jm
+
+NEW = 64
+BEAMS = 4
+
+
+def ids(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, SMOLLM2_135M["vocab_size"], (batch, length)).astype(np.int32)
+
+
+def beam(theirs: Any, model: Any, params: Any, rounds: int) -> None:
+    """4 beams, 64 new tokens."""
+    for batch, length in ((1, 32), (1, 512), (2, 32)):
+        prompt = ids(batch, length)
+        options = {"num_beams": BEAMS, "min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 1}
+        found = {}
+
+        def run_torch(prompt: np.ndarray = prompt, options: Any = options, found: Any = found) -> None:
+            tokens = torch.tensor(prompt, dtype=torch.long)
+            with torch.inference_mode():
+                found["torch"] = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options).numpy()
+
+        def run_ours(prompt: np.ndarray = prompt, options: Any = options, found: Any = found) -> None:
+            found["ours"] = jm.generate(model, params, prompt, np.ones_like(prompt), **options).sequences
+
+        times = paired({"torch": run_torch, "jaxmodels": run_ours}, rounds)
+        same = np.array_equal(found["torch"], found["ours"])
+        row(f"{BEAMS} beams, batch {batch}, prompt {length}, tokens {'equal' if same else 'DIFFER'}", times, batch * NEW)
+
+
+def reorder(theirs: Any, model: Any, params: Any, rounds: int) -> None:
+    """A step of the model over 4 rows and what moving the cache adds, in ms."""
+    for slots in (96, 1024):
+        start = jm.init_cache(model, BEAMS, slots).replace(index=jnp.int32(slots - 32), fresh=False)
+        token = jnp.ones((BEAMS, 1), jnp.int32)
+        rows = jnp.array([1, 0, 0, 2])
+        moves = {
+            "no move": lambda cache: cache,
+            "rows stay": lambda cache: cache.reorder(jnp.arange(BEAMS), cache.index - 16, cache.index),
+            "16 columns differ": lambda cache: cache.reorder(rows, cache.index - 16, cache.index),
+            "all columns differ": lambda cache: cache.reorder(rows, jnp.int32(0), cache.index),
+            "take": lambda cache: cache.take(rows),
+        }
+        runs = {}
+        for name, move in moves.items():
+
+            def loop(params: Any, cache: Any, move: Any = move) -> Any:
+                def body(_: Any, carry: Any) -> Any:
+                    out = model.apply({"params": params}, carry[0], cache=carry[1])
+                    return out.logits.argmax(-1), move(out.cache).replace(index=carry[1].index)
+
+                return jax.lax.fori_loop(0, 16, body, (token, cache))
+
+            compiled = jax.jit(loop)
+            runs[name] = lambda compiled=compiled, start=start: jax.block_until_ready(compiled(params, start))
+        times = paired(runs, rounds)
+        for name, seconds in times.items():
+            print(f"| step, {slots} slots, {name} | | {1000 * seconds / 16:.1f} | ms | |", flush=True)
+
+
+def row(name: str, times: dict[str, float], work: float) -> None:
+    torch_s, ours = times["torch"], times["jaxmodels"]
+    print(f"| {name} | {work / torch_s:.1f} | {work / ours:.1f} | tokens/s | {torch_s / ours:.2f} |", flush=True)
+
+
+JOBS = {"beam": beam, "reorder": reorder}
+
+
+def main() -> None:
+    import transformers
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(JOBS), help="comma-separated, of %(default)s")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoint", type=Path, help="a float32 Llama checkpoint in place of random weights")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions()}\n")
+    print("| job | torch | jaxmodels | unit | ratio |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.checkpoint or Path(folder) / "float32"
+        if not path.exists():
+            write_checkpoint(path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model, params = jm.AutoModelForCausalLM.from_pretrained(path)
+        for name in args.only.split(","):
+            JOBS[name](theirs, model, params, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
