@@ -92,7 +92,7 @@ class BeamSearch:
     def step(self, forward: Forward, state: State) -> State:
         sequences, running = state.sequences, state.extra.running
         logits, cache = forward(*sequences.last(), state.cache)
-        state, rows = self._choose(state, logits)
+        state, rows = self._choose(dataclasses.replace(state, cache=cache), logits)
         apart = (running.tokens != running.tokens[:, :1]).any((0, 1))  # [N]
         stop = cache.index
         start = jnp.where(apart.any(), stop - sequences.new + apart.argmax(), stop)
@@ -103,8 +103,7 @@ class BeamSearch:
         sequences, beams, new = state.sequences, state.extra, state.sequences.new
         (R, V), M, C = logits.shape, self.copies, self.candidates * self.copies
         scores = jax.nn.log_softmax(logits)
-        for processor in self.processors:
-            scores = processor(sequences, scores)
+        scores = state.process(self.processors, scores)
         totals = (scores.reshape(-1, M, V) + beams.running.scores[:, :, None]).reshape(-1, M * V)
         if self.key is None:
             sums, places = largest(totals, C)
@@ -118,6 +117,9 @@ class BeamSearch:
 
         last = new + 1 >= self.max_new_tokens
         ends = (tokens[..., None] == self.eos_token_id).any(-1) | last
+        if sequences.followers:
+            longer = sequences.take(parent_rows.reshape(-1)).append(tokens.reshape(-1), jnp.ones(tokens.size, bool))
+            ends |= longer.stopped().reshape(ends.shape)
         kept = lax.top_k(sums + ends * LOW, M)[1]
         running = found.take(kept)
         running = dataclasses.replace(running, scores=running.scores + jnp.take_along_axis(ends, kept, 1) * LOW)

@@ -28,27 +28,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
     "speculation_type": (None,),
-    "guidance_scale": (None, 1.0),
-    "sequence_bias": (None,),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "remove_invalid_values": (None, False),
-    "exponential_decay_length_penalty": (None,),
-    "suppress_tokens": (None, ()),
-    "begin_suppress_tokens": (None, ()),
-    "top_h": (None,),
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "renormalize_logits": (None, False),
     "watermarking_config": (None,),
     "token_healing": (None, False),
-    "max_time": (None,),
-    "stop_strings": (None,),
     "cache_implementation": (None, "dynamic", "static", "hybrid"),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
@@ -68,6 +49,34 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (lambda x: _real(x) and x > 0, "a number above 0"),
     "num_beams": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "length_penalty": (lambda x: _real(x), "a number"),
+    "top_h": (lambda x: _real(x) and 0 < x <= 1, "a number above 0, up to 1"),
+    "typical_p": (lambda x: _real(x) and 0 < x <= 1, "a number above 0, up to 1"),
+    "epsilon_cutoff": (lambda x: _real(x) and 0 <= x < 1, "a number from 0, below 1"),
+    "eta_cutoff": (lambda x: _real(x) and 0 <= x < 1, "a number from 0, below 1"),
+    "encoder_repetition_penalty": (lambda x: _real(x) and x > 0, "a number above 0"),
+    "no_repeat_ngram_size": (lambda x: _whole(x) and x >= 0, "an integer, 0 for no limit"),
+    "encoder_no_repeat_ngram_size": (lambda x: _whole(x) and x >= 0, "an integer, 0 for no limit"),
+    "bad_words_ids": (lambda x: isinstance(x, tuple) and x and all(map(_ids, x)), "a list of lists of token ids"),
+    "sequence_bias": (lambda x: _biases(x), "{(token ids): bias} or [[[token ids], bias], …]"),
+    "forced_bos_token_id": (lambda x: _id(x), "a token id"),
+    "forced_eos_token_id": (lambda x: _id(x) or _ids(x), "a token id or a list of them"),
+    "suppress_tokens": (lambda x: x == () or _ids(x), "a list of token ids"),
+    "begin_suppress_tokens": (lambda x: x == () or _ids(x), "a list of token ids"),
+    "remove_invalid_values": (lambda x: isinstance(x, bool), "True or False"),
+    "renormalize_logits": (lambda x: isinstance(x, bool), "True or False"),
+    "exponential_decay_length_penalty": (
+        lambda x: isinstance(x, tuple) and len(x) == 2 and _whole(x[0]) and _real(x[1]) and x[1] > 0,
+        "(tokens before it begins, factor above 0)",
+    ),
+    "guidance_scale": (lambda x: _real(x), "a number"),
+    "max_time": (lambda x: _real(x) and x > 0, "seconds, above 0"),
+    "stop_strings": (
+        lambda x: _text(x) or (isinstance(x, tuple) and x and all(map(_text, x))),
+        "a string or a list of strings, none of them empty",
+    ),
+    "token_healing": (lambda x: isinstance(x, bool), "True or False"),
+    "output_attentions": (lambda x: isinstance(x, bool), "True or False"),
+    "output_hidden_states": (lambda x: isinstance(x, bool), "True or False"),
     "num_return_sequences": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "output_scores": (lambda x: isinstance(x, bool), "True or False"),
     "output_logits": (lambda x: isinstance(x, bool), "True or False"),
@@ -248,6 +257,23 @@ def _whole(x: Any) -> bool:
 
 def _real(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _id(x: Any) -> bool:
+    return _whole(x) and x >= 0
+
+
+def _ids(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) > 0 and all(map(_id, x))
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str) and x != ""
+
+
+def _biases(x: Any) -> bool:
+    """HF's list form, as which its dictionary is kept."""
+    return isinstance(x, tuple) and len(x) > 0 and all(isinstance(p, tuple) and len(p) == 2 and _ids(p[0]) and _real(p[1]) for p in x)
 
 
 def _freeze(value: Any) -> Any:

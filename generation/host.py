@@ -88,6 +88,50 @@ class HostCriterion:
         return io_callback(_criterion, jax.ShapeDtypeStruct((rows,), bool), self.number, *_columns(sequences))
 
 
+@struct.dataclass
+class Caller:
+    """What the caller of `generate` adds: processors where HF has prefix_allowed_tokens_fn and logits_processor, and followers."""
+
+    allowed: tuple[Any, ...]
+    custom: tuple[Any, ...]
+    followers: tuple[Any, ...]
+
+
+@contextmanager
+def caller(
+    logits_processor: Any, stopping_criteria: Any, prefix_allowed_tokens_fn: Any, mask_fn: Any, num_beams: int, keep: bool
+) -> Iterator[Caller]:
+    """Processors and criteria that are pytrees as they are, functions by their numbers within the block; see `numbered`. TypeError for
+    what is neither."""
+    processors, criteria = _listed(logits_processor, "logits_processor"), _listed(stopping_criteria, "stopping_criteria")
+    one = [f for f in (prefix_allowed_tokens_fn, mask_fn) if f is not None]
+    functions = [f for f in (*one, *processors, *criteria) if _on_host(f)]
+    for f in functions:
+        if not callable(f):
+            raise TypeError(f"{f!r} is neither a function nor a processor or criterion of jaxmodels.generation")
+    with numbered(functions, keep) as numbers:
+        left = iter(numbers)
+        allowed: list[Any] = []
+        if prefix_allowed_tokens_fn is not None:
+            allowed.append(PrefixAllowedTokens(next(left), num_beams))
+        if mask_fn is not None:
+            allowed.append(HostMask(next(left)))
+        custom = tuple(HostProcessor(next(left)) if _on_host(f) else f for f in processors)
+        yield Caller(tuple(allowed), custom, tuple(HostCriterion(next(left)) if _on_host(f) else f for f in criteria))
+
+
+def _listed(given: Any, name: str) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{name} is a list; found {type(given).__name__}")
+    return tuple(given)
+
+
+def _on_host(f: Any) -> bool:
+    return jax.tree_util.all_leaves([f])
+
+
 @contextmanager
 def numbered(functions: list[Callable[..., Any]], keep: bool = False) -> Iterator[list[np.ndarray]]:
     """The numbers of Python functions, int32 [] each, within the block; what one of them raised is raised at its end. `keep`: for good,

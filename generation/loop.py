@@ -8,6 +8,7 @@ V vocabulary."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from functools import partial
@@ -22,8 +23,11 @@ from jax import lax
 from jaxmodels.cache import Cache, init_cache
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
+from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, read_both
+from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
+from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.strategies import build_strategy
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
@@ -99,6 +103,13 @@ def generate(
     generation_config: GenerationConfig | None = None,
     streamer: Any = None,
     cache: Cache | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    prefix_allowed_tokens_fn: Any = None,
+    mask_fn: Any = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
+    tokenizer: Any = None,
     **overrides: Any,
 ) -> GenerateOutput:
     """Continue input_ids [B,T]: HF's `generate`, greedy or, with do_sample=True, sampling.
@@ -108,6 +119,11 @@ def generate(
     `put(tokens)` and `end()`. cache: an earlier result's, with the conversation so far; input_ids are then only what follows the
     answer, perhaps nothing ([B,0]). Penalties and max_length count the tokens of this call. A cache is not used up.
 
+    logits_processor, stopping_criteria: lists of processors and followers of this package, or of functions as HF's, on numpy arrays:
+    `(input_ids [B,T], scores [B,V]) -> scores` and `(input_ids, None) -> bool [B]`. prefix_allowed_tokens_fn: `(batch_id, input_ids [T])
+    -> ids`; mask_fn: `(input_ids [B,T]) -> allowed [B,V]`. Another function compiles nothing. negative_prompt_ids [B,T']: what
+    guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing.
+
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
     Raises ValueError for bad options or input, TypeError for an unknown option, before anything is compiled."""
@@ -115,32 +131,49 @@ def generate(
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
     ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
+    traced = isinstance(ids, jax.core.Tracer)
     T = ids.shape[1]
     limit = _new_tokens(config, T, model.config)
+    deadline = None if config.max_time is None else time.perf_counter() + config.max_time
+    if traced and deadline is not None:
+        raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
+    negative = None
+    if config.guidance_scale not in (None, 1.0):
+        negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
+    criteria = stopping_criteria
+    if deadline is not None and config.num_beams > 1:
+        criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
+    called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, config.num_beams, traced)
+    stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
     enable_compilation_cache()
 
     unread = int(isinstance(cache, TurnCache))
-    P = bucket(T + unread)
+    P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     slots = max(bucket(used + P + limit - 1), 0 if cache is None else cache.slots)
-    xp = jnp if isinstance(ids, jax.core.Tracer) else np
-    room = ((0, 0), (P - unread - T, 0))
+    widen = lambda x: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (P - unread - x.shape[1], 0)))
+    ids_wide, real_wide = widen(ids), widen(real)
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
-    strategy = build_strategy(config, build_processors(config, eos), eos, pad, key, limit, bucket(limit))
-    decode = partial(_decode, model, params, strategy)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), strategy.copies, 0))
-    state, report = _prefill(
-        model, params, strategy, xp.pad(ids, room), xp.pad(real, room), cache, np.int32(T),
-        slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
-    )  # fmt: skip
-    if streamer is None:
-        state, report = decode(state, np.int32(limit))
-    else:
-        state, report = _stream(decode, state, report, limit, streamer)
-    return _output(ids, state, report, limit, pad)
+        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
+    with called() as own:
+        processors = build_processors(
+            config, eos, prompt_length=T, new_tokens=limit, encoder=(ids_wide, real_wide), allowed=own.allowed, custom=own.custom,
+            vocab_size=model.config.vocab_size,
+        )  # fmt: skip
+        strategy = build_strategy(config, processors, eos, pad, key, limit, bucket(limit))
+        decode = partial(_decode, model, params, strategy)
+        state, report = _prefill(
+            model, params, strategy, ids_wide, real_wide, cache, np.int32(T), None if negative is None else tuple(map(widen, negative)),
+            (*stops, *own.followers), slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
+        )  # fmt: skip
+        if streamer is None and (deadline is None or config.num_beams > 1):
+            state, report = decode(state, np.int32(limit))
+        else:
+            state, report = _chunks(decode, state, report, limit, streamer, deadline)
+        return _output(ids, state, report, limit, pad)
 
 
 def _forward(model: Any, params: Any) -> Forward:
@@ -149,31 +182,40 @@ def _forward(model: Any, params: Any) -> Forward:
         out = model.apply({"params": params}, tokens, attention_mask=real, cache=cache, logits_to_keep=1)
         return out.logits[:, -1].astype(jnp.float32), out.cache
 
-    return forward
+    return guided(forward)
 
 
 @partial(jax.jit, static_argnames=("model", "slots", "steps", "record"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, cache: Cache | None, length: jax.Array,
-    *, slots: int, steps: int, record: tuple[bool, bool],
+    negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
 ) -> tuple[State, Report]:  # fmt: skip
-    """Read the prompt [B,P] once and choose the first tokens of its copies."""
+    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies."""
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([cache.token[:, None], ids], 1)
         real = jnp.concatenate([cache.unread[:, None], real], 1)
         cache = cache.plain()
-    order = jnp.argsort(real, axis=1, stable=True)  # padding to the left, wherever it was
-    ids, real = jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(real, order, 1)
+    ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
-    logits, cache = _forward(model, params)(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+    forward = _forward(model, params)
+    if negative is None:
+        logits, cache = forward(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+    else:
+        logits, cache = read_both(forward, (ids, real), _to_the_right(*negative), init_cache(model, 2 * B, slots))
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
         logits, cache, ids, real = logits[rows], cache.take(rows), ids[rows], real[rows]
     wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
-    sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0))
+    sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0)).follow(followers)
     records = (jnp.zeros((steps, *logits.shape), jnp.float32) if wanted else None for wanted in record)
     state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records), logits)
     return state, _report(strategy, state)
+
+
+def _to_the_right(ids: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Padding to the left, wherever it was."""
+    order = jnp.argsort(real, axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, 1), jnp.take_along_axis(real, order, 1)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -188,31 +230,33 @@ def _report(strategy: Strategy, state: State) -> Report:
     return Report(strategy.result(state), state.sequences.new, strategy.done(state))
 
 
-def _stream(decode: Any, state: State, report: Report, limit: int, streamer: Any) -> tuple[State, Report]:
-    """The loop in chunks; a chunk runs while the streamer handles the one before."""
+def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any, deadline: float | None) -> tuple[State, Report]:
+    """The loop in chunks, until the deadline of time.perf_counter; a chunk runs while the streamer handles the one before."""
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
             result, done = jax.device_get((report.result, report.done))
-            new = result.new
-            took, going = time.perf_counter() - began, not done and new < limit
+            new, now = result.new, time.perf_counter()
+            left = math.inf if deadline is None else deadline - now
+            took, going = now - began, not done and new < limit and left > 0
             if going:
-                chunk = chunk * 2 if took < SMOOTH else max(chunk // 2, 1)
-                began = time.perf_counter()
+                chunk = chunk * 2 if took < SMOOTH and 2 * took < left else max(chunk // 2, 1)
+                began = now
                 state, report = decode(state, np.int32(min(new + chunk, limit)))
-            for column in range(sent, new):
+            for column in () if streamer is None else range(sent, new):
                 streamer.put(result.tokens[:, result.first + column])
             if not going:
                 return state, report
             sent = new
     finally:
-        streamer.end()
+        if streamer is not None:
+            streamer.end()
 
 
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    cache = None if last is None else _turn(state.cache, *last)
+    cache = None if last is None else _turn(state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:

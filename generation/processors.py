@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.generation.guidance import Guidance
 from jaxmodels.generation.processors_base import Follower, LogitsProcessor, Sequences, id_array, kind, to_float, to_int
 from jaxmodels.generation.processors_filter import (
     EpsilonCutoff,
@@ -49,6 +50,7 @@ __all__ = [
     "Follower",
     "ForcedBOS",
     "ForcedEOS",
+    "Guidance",
     "LogitsProcessor",
     "MinLength",
     "MinNewTokens",
@@ -92,6 +94,8 @@ def build_processors(
     inactive = lambda value, *off: not isinstance(value, jax.core.Tracer) and value in (None, *off)
     ends = bool((eos_token_id >= 0).any())
     found: list[LogitsProcessor] = []
+    if not inactive(config.guidance_scale, 1.0):
+        found.append(Guidance(to_float(config.guidance_scale)))
     if config.sequence_bias is not None:
         found.append(SequenceBias.of(sequence_biases(config.sequence_bias)))
     if not inactive(config.encoder_repetition_penalty, 1.0) and encoder is not None:
@@ -123,7 +127,8 @@ def build_processors(
     if config.begin_suppress_tokens:
         first = int(prompt_length == 1 and config.forced_bos_token_id is not None)
         found.append(SuppressTokensAtBegin(id_array(config.begin_suppress_tokens), np.int32(first)))
-    found.extend(custom)
+    found = [next((own for own in custom if type(own) is type(built)), built) for built in found]  # the caller's goes before its like
+    found.extend(own for own in custom if not any(own is other for other in found))
     if config.do_sample:
         found.extend(_filters(config, int((eos_token_id >= 0).sum()), inactive))
     if config.watermarking_config is not None and vocab_size is not None:

@@ -39,7 +39,7 @@ class Follower(Protocol):
 class Sequences:
     """The tokens of every row so far. `tokens` [B,W] int32 and `real` [B,W] bool (false: padding, or not yet written); `width` [] the
     columns written; `length` [] the tokens that HF counts, padding of the prompt included; `new` [] those that were generated;
-    `followers`: what keeps a state of its own about every row."""
+    `followers`: what keeps a state of its own about every row; `unconditional` [B,V]: the logits after a negative prompt."""
 
     tokens: jax.Array
     real: jax.Array
@@ -47,6 +47,7 @@ class Sequences:
     length: Any
     new: Any
     followers: tuple[Any, ...] = ()
+    unconditional: jax.Array | None = None
 
     @classmethod
     def of(cls, input_ids: Any, attention_mask: Any = None, new: int = 0) -> Sequences:

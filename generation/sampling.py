@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.cache import Cache
+from jaxmodels.generation.guidance import GuidedCache
 from jaxmodels.generation.processors import LogitsProcessor, Sequences, kind
 
 Forward = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -34,6 +35,15 @@ class State:
     scores: jax.Array | None
     logits: jax.Array | None
     extra: Any = None
+
+    def process(self, processors: tuple[LogitsProcessor, ...], logits: jax.Array) -> jax.Array:
+        """The logits [B,V] after all processors."""
+        sequences = self.sequences
+        if isinstance(self.cache, GuidedCache):
+            sequences = dataclasses.replace(sequences, unconditional=self.cache.unconditional)
+        for processor in processors:
+            logits = processor(sequences, logits)
+        return logits
 
 
 @struct.dataclass
@@ -88,16 +98,15 @@ class Sampling:
 
     def start(self, state: State, logits: jax.Array) -> State:
         sequences = state.sequences
-        scores = logits
-        for processor in self.processors:
-            scores = processor(sequences, scores)
+        scores = state.process(self.processors, logits)
         chosen = argmax(scores) if self.key is None else draw(jax.random.fold_in(self.key, sequences.new), scores)
         real = ~state.finished
         tokens = jnp.where(real, chosen, self.pad_token_id)
+        longer = sequences.append(tokens, real)
         return dataclasses.replace(
             state,
-            sequences=sequences.append(tokens, real),
-            finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1),
+            sequences=longer,
+            finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1) | longer.stopped(),
             scores=record(state.scores, scores, sequences.new),
             logits=record(state.logits, logits, sequences.new),
         )

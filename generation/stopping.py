@@ -4,6 +4,7 @@ Axis letters: B rows, A states of an automaton, V vocabulary."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from jax import lax
 
 from jaxmodels.generation.processors_base import Sequences, kind, room
 from jaxmodels.generation.vocabulary import token_bytes, walk
+
+KEPT = 8  # tables of a tokenizer
+_tables: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[bytes, ...], int], jax.Array]] = weakref.WeakKeyDictionary()
 
 
 @struct.dataclass
@@ -32,14 +36,25 @@ class StopStrings:
 
     @classmethod
     def of(cls, tokenizer: Any, stop_strings: str | Sequence[str], vocab_size: int) -> StopStrings:
-        """For a model of `vocab_size` tokens; ids that the tokenizer does not have are no text."""
-        words = [word.encode() for word in ((stop_strings,) if isinstance(stop_strings, str) else stop_strings)]
+        """For a model of `vocab_size` tokens; ids that the tokenizer does not have are no text. The last tables are kept."""
+        if tokenizer is None:
+            raise ValueError("stop_strings are matched against the tokens' text: pass tokenizer=, the model's tokenizer")
+        words = tuple(word.encode() for word in ((stop_strings,) if isinstance(stop_strings, str) else stop_strings))
+        kept = _tables.setdefault(tokenizer, {})
+        if (words, vocab_size) not in kept:
+            while len(kept) >= KEPT:
+                kept.pop(next(iter(kept)))
+            kept[words, vocab_size] = jnp.asarray(cls._table(tokenizer, words, vocab_size))
+        return cls(kept[words, vocab_size])
+
+    @staticmethod
+    def _table(tokenizer: Any, words: tuple[bytes, ...], vocab_size: int) -> np.ndarray:
         goto, accept = automaton(words)
         tokens = (*token_bytes(tokenizer), *[b""] * vocab_size)[:vocab_size]
         states, passed = walk(goto, np.arange(len(goto)), tokens, accept)
         table = np.zeros((room(len(goto), least=16), vocab_size), np.int16 if len(goto) < 1 << 15 else np.int32)
         table[: len(goto)] = np.where(passed, -1 - states, states)
-        return cls(table)
+        return table
 
     def start(self, sequences: Sequences) -> StopStrings:
         tokens, real = sequences.tail(min(len(self.table), sequences.tokens.shape[1]))
