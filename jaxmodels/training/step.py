@@ -1,80 +1,268 @@
-"""The jitted train step: float32 master parameters, the model's compute dtype inside, one optax update."""
+"""The jitted train step: float32 master parameters, the model's compute dtype inside, one optax update.
+
+Axis letters: A accumulated parts, B batch, T tokens, D hidden, V vocabulary."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
 
-from jaxmodels.ops.loss import IGNORE
-from jaxmodels.params import abstract_params
+from jaxmodels.layers import Embedding
+from jaxmodels.model import CausalLM, pack
+from jaxmodels.ops.loss import IGNORE, LossOptions
+from jaxmodels.training.trainable import Frozen, merge, placement, split
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# (apply, params, batch, num_items) -> (loss [], metrics): `apply(params, **inputs)` calls the model; both are sums divided by num_items [].
+Loss = Callable[[Callable[..., Any], Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+CHUNK_LOGITS = 1 << 26  # logits that a device holds at one time, by default: 256 MB in float32
+
+
+@struct.dataclass
+class LossScale:
+    """torch's GradScaler: float16 gradients are those of `scale` [] times the loss; `good` [] counts finite steps since it last changed."""
+
+    scale: jax.Array
+    good: jax.Array
+
+    GROWTH_INTERVAL = 2000
+
+    @staticmethod
+    def initial() -> LossScale:
+        return LossScale(jnp.float32(65536), jnp.int32(0))
+
+    def update(self, finite: jax.Array) -> LossScale:
+        """Half of it after gradients that are not finite, twice after 2000 steps in a row that are."""
+        grown = self.good + 1 >= self.GROWTH_INTERVAL
+        scale = jnp.where(finite, jnp.where(grown, self.scale * 2, self.scale), self.scale * 0.5)
+        return LossScale(scale, jnp.where(finite & ~grown, self.good + 1, 0))
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes: a pytree to donate, shard and checkpoint. step [] int32, params in float32."""
+    """Everything that a step changes: a pytree to donate, shard and checkpoint. step [] int32; params: those that are trained in
+    float32; opt_state: of those alone; loss_scale: where the compute dtype is float16."""
 
     step: jax.Array
     params: Any
     opt_state: Any
+    loss_scale: LossScale | None = None
 
 
-def _shardings(model: Any, optimizer: optax.GradientTransformation) -> TrainState | None:
-    """Where the state lives when the model has rules: moments as their parameters, all else replicated. (A plain jit of
-    optimizer.init would replicate the moments.)"""
+def create_train_state(model: Any, optimizer: optax.GradientTransformation, params: Any, *, frozen: Frozen = ()) -> TrainState:
+    """The state before the first step. It owns its arrays, since the step donates them.
+
+    frozen: as in `make_train_step`; frozen parameters keep their dtype, the others are raised to float32."""
+    trained, fixed = split(params, frozen)
+    trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
+    fixed = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fixed)
+    scale = LossScale.initial() if model.dtype == jnp.float16 else None
     if model.rules is None:
-        return None
-    shapes = abstract_params(model)
-    everywhere = NamedSharding(model.rules.mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, leaf: leaf.sharding, jax.eval_shape(optimizer.init, shapes), shapes, transform_non_params=lambda _: everywhere
-    )
-    return TrainState(everywhere, jax.tree.map(lambda leaf: leaf.sharding, shapes), opt_state)  # type: ignore[arg-type]
+        return TrainState(jnp.zeros((), jnp.int32), merge(trained, fixed), jax.jit(optimizer.init)(trained), scale)
+    put = lambda tree: jax.device_put(tree, placement(model, tree))
+    trained = put(trained)
+    # (A plain jit of optimizer.init would replicate the moments.)
+    opt_state = jax.jit(optimizer.init, out_shardings=placement(model, jax.eval_shape(optimizer.init, trained)))(trained)
+    return TrainState(put(jnp.zeros((), jnp.int32)), merge(trained, put(fixed)), opt_state, put(scale))
 
 
-def create_train_state(model: Any, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The state before the first step, with `params` raised to float32. It owns its arrays, since the step donates them."""
-    placed = _shardings(model, optimizer)
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    if placed is None:
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    params = jax.device_put(params, placed.params)
-    return TrainState(jnp.zeros((), jnp.int32, device=placed.step), params, jax.jit(optimizer.init, out_shardings=placed.opt_state)(params))
+def count_items(model: Any, batch: Batch) -> jax.Array:
+    """Over how many labels [] a model's loss is the mean: those other than -100, shifted for a causal model; else the rows."""
+    labels = batch.get("labels")
+    if labels is None or jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.int32(len(next(iter(batch.values()))))
+    if isinstance(model, CausalLM):
+        if batch.get("segment_ids") is not None:
+            labels = pack(batch["segment_ids"], None, labels)[1]
+        labels = labels[:, 1:]  # type: ignore[index]
+    return jnp.sum(labels != IGNORE)
 
 
-def _loss(model: Any, params: Any, batch: Batch) -> jax.Array:
-    return model.apply({"params": params}, **batch).loss
+def model_loss(model: Any, options: LossOptions, chunk: int | str | None) -> Loss:
+    """The loss that the model itself computes from its labels, weighed by how many of them count."""
+
+    def own(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
+        resolved = LossOptions(options.label_smoothing, options.z_loss, _chunk(model, batch, chunk))
+        return apply(params, **batch, loss_options=resolved, num_items_in_batch=num_items).loss, {}
+
+    def mean(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
+        return apply(params, **batch).loss * count_items(model, batch) / num_items, {}
+
+    if "num_items_in_batch" in inspect.signature(type(model).__call__).parameters:
+        return own
+    if options != LossOptions():
+        raise ValueError(f"{type(model).__name__} computes its loss whole: label_smoothing and z_loss are for causal language models")
+    return mean
 
 
-def _count(batch: Batch) -> jax.Array:
-    return jnp.sum(batch["labels"][:, 1:] != IGNORE)
+def _chunk(model: Any, batch: Batch, chunk: int | str | None) -> int | None:
+    if chunk != "auto":
+        return chunk  # type: ignore[return-value]
+    B, T = batch["labels"].shape
+    devices = 1 if model.rules is None else model.rules.mesh.size
+    rows = CHUNK_LOGITS * devices // (B * model.config.vocab_size)
+    return None if rows >= T else max(1, rows)
 
 
-def make_train_step(model: Any, optimizer: optax.GradientTransformation) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted `(state, batch) -> (state, metrics)` for a causal model; the old state is donated.
+def _noisy(apply: Callable[..., Any], key: jax.Array, alpha: float) -> Callable[..., Any]:
+    """`apply` with NEFTune's noise (arXiv:2310.05914): uniform within alpha/sqrt(T·D) on the word embeddings [B,T,D]."""
 
-    batch: the model's arguments by name, `input_ids` and `labels` [B,T] int (-100 left out, shifted inside as in HF) and,
-    if wanted, `attention_mask`. metrics, each []: `loss` (mean over the labels that count), `tokens` (how many),
-    `grad_norm` (before any clipping in the optimizer)."""
+    def add(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        x = forward(*args, **kwargs)
+        words = isinstance(context.module, Embedding) and context.module.axis == "vocab" and context.method_name == "__call__"
+        if not words:
+            return x
+        bound = alpha / math.sqrt(x.shape[-2] * x.shape[-1])
+        return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(lambda params: _loss(model, params, batch))(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "tokens": _count(batch), "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(add):
+            return apply(*args, **kwargs)
 
-    placed = _shardings(model, optimizer)
-    return jax.jit(step, donate_argnums=0, out_shardings=None if placed is None else (placed, placed.step))
+    return call
 
 
-def make_eval_step(model: Any) -> Callable[[Any, Batch], Metrics]:
-    """A jitted `(params, batch) -> {loss, tokens}`; weigh the losses of several batches by their tokens."""
-    return jax.jit(lambda params, batch: {"loss": _loss(model, params, batch), "tokens": _count(batch)})
+def make_train_step(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    loss: Loss | None = None,
+    *,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_chunk: int | str | None = "auto",
+    neftune_noise_alpha: float | None = None,
+    frozen: Frozen = (),
+    count: Callable[[Batch], jax.Array] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A jitted `(state, batch, key=None) -> (state, metrics)`; the old state is donated.
+
+    batch: the model's arguments by name, for a causal model `input_ids` and `labels` [B,T] int (-100 left out, shifted inside as in HF)
+    and, if wanted, `attention_mask` or `segment_ids`. key: for dropout and NEFTune; without one there is no dropout. metrics, each []:
+    `loss` (mean over the labels that count), `tokens` (how many), `grad_norm` (before clipping), `loss_scale` in float16.
+
+    loss: in place of the model's own, as `Loss` says; `count` tells how many items a batch has for it (labels that count).
+    accumulation_steps: the batch is cut into so many parts, one after the other; the result is the whole batch's, every label weighing
+        the same.
+    max_grad_norm: gradients are scaled down to this norm, as torch.nn.utils.clip_grad_norm_ does.
+    label_smoothing, z_loss: see LossOptions. loss_chunk: tokens of each row whose logits exist at one time; "auto" keeps all while they
+        are at most 2**26 on a device; None always.
+    frozen: parameters that get no gradient and no optimizer state, as `create_train_state` was told: regular expressions of whole names,
+        or a function of the name.
+    float16 (the model's dtype) brings a dynamic loss scale; a step whose gradients are not finite changes only that."""
+    options = LossOptions(label_smoothing, z_loss)
+    loss_of = loss or model_loss(model, options, loss_chunk)
+    if loss is not None and options != LossOptions():
+        raise ValueError("label_smoothing and z_loss belong to the model's own loss; a loss of your own applies them itself")
+    count_of = count or partial(count_items, model)
+
+    def caller(key: jax.Array | None) -> Callable[..., Any]:
+        rngs = None if key is None else {"dropout": jax.random.fold_in(key, 0)}
+        apply = lambda params, **inputs: model.apply({"params": params}, **inputs, rngs=rngs)
+        if neftune_noise_alpha is None:
+            return apply
+        if key is None:
+            raise ValueError("neftune_noise_alpha needs a key: step(state, batch, jax.random.key(0))")
+        return _noisy(apply, jax.random.fold_in(key, 1), neftune_noise_alpha)
+
+    def step(state: TrainState, batch: Batch, key: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+        trained, fixed = split(state.params, frozen)
+        num_items = count_of(batch)
+        key = None if key is None else jax.random.fold_in(key, state.step)
+        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
+
+        def part(batch: Batch, number: Any) -> tuple:
+            apply = caller(None if key is None else jax.random.fold_in(key, number))
+
+            def value(trained: Any) -> tuple:
+                loss, extra = loss_of(apply, merge(trained, fixed), batch, num_items)
+                return loss * scale, (loss, extra)
+
+            grads, seen = jax.grad(value, has_aux=True)(trained)
+            return grads, seen
+
+        def counted(batch: Batch, number: Any) -> tuple:  # a mean over no labels has no gradient
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, batch, number))
+            return lax.cond(count_of(batch) > 0, lambda: part(batch, number), lambda: nothing)
+
+        if accumulation_steps == 1:
+            grads, (value, extra) = part(batch, 0)
+        else:
+            parts = jax.tree.map(partial(_cut, accumulation_steps), dict(batch))
+            body = lambda sums, xs: (jax.tree.map(jnp.add, sums, counted(*xs)), None)
+            first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, batch, 0))
+            (grads, (value, extra)), _ = lax.scan(body, first, (parts, jnp.arange(accumulation_steps)))
+        if state.loss_scale is not None:
+            grads = jax.tree.map(lambda g: g / scale, grads)
+        norm = optax.tree.norm(grads)
+        metrics = {"loss": value, "tokens": num_items, "grad_norm": norm, **extra}
+        if max_grad_norm is not None:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1, max_grad_norm / (norm + 1e-6)), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        new = TrainState(state.step + 1, optax.apply_updates(trained, updates), opt_state, state.loss_scale)
+        if state.loss_scale is not None:
+            finite = jnp.isfinite(norm)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            scaling = state.loss_scale.update(finite)
+            new = new.replace(params=keep(new.params, trained), opt_state=keep(opt_state, state.opt_state), loss_scale=scaling)
+            metrics["loss_scale"] = scale
+        new = new.replace(params=merge(new.params, fixed))
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0) if model.rules is None else _PlacedStep(model, step)
+
+
+class _PlacedStep:
+    """The jitted step of a model with rules. Where the new state lives is said outright, or the compiler might choose another place and
+    the next call another program; it follows from the state's structure, which adapters add to."""
+
+    def __init__(self, model: Any, step: Callable[..., tuple[TrainState, Metrics]]):
+        self.model, self.step, self.programs = model, step, {}  # type: ignore[var-annotated]
+
+    def program(self, state: TrainState) -> Any:
+        structure = jax.tree.structure(state)
+        if structure not in self.programs:
+            self.programs[structure] = jax.jit(self.step, donate_argnums=0, out_shardings=(placement(self.model, state), None))
+        return self.programs[structure]
+
+    def __call__(self, state: TrainState, batch: Batch, key: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+        return self.program(state)(state, batch, key)
+
+    def lower(self, state: TrainState, batch: Batch, key: jax.Array | None = None) -> Any:
+        """As the method of a jitted function: the program for arguments that may be shapes."""
+        return self.program(state).lower(state, batch, key)
+
+    def _cache_size(self) -> int:
+        return sum(program._cache_size() for program in self.programs.values())
+
+
+def _cut(parts: int, x: jax.Array) -> jax.Array:
+    """[B, …] -> [A, B/A, …]; every part takes rows from all over the batch, so that each device keeps its rows."""
+    if len(x) % parts:
+        raise ValueError(f"a batch of {len(x)} rows cannot be cut into accumulation_steps = {parts} equal parts")
+    return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def make_eval_step(model: Any, loss: Loss | None = None, *, count: Callable[[Batch], jax.Array] | None = None) -> Callable[..., Metrics]:
+    """A jitted `(params, batch) -> {loss, tokens, …}` without noise; weigh the losses of several batches by their tokens."""
+    loss_of, count_of = loss or model_loss(model, LossOptions(), "auto"), count or partial(count_items, model)
+
+    def step(params: Any, batch: Batch) -> Metrics:
+        tokens = count_of(batch)
+        value, extra = loss_of(lambda params, **inputs: model.apply({"params": params}, **inputs), params, batch, tokens)
+        return {"loss": value, "tokens": tokens, **extra}
+
+    return jax.jit(step)

@@ -1,0 +1,126 @@
+"""Several documents in a row give the losses and gradients of the documents alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels.auto import FAMILIES, find_family
+from jaxmodels.layers import Packed
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.ops.loss import LossOptions
+from jaxmodels.params import flatten, init_params
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LENGTHS = ((9, 1, 14, 5), (3, 22, 2))  # of the documents in each row of T tokens; the rest is padding
+T = 30
+
+
+def documents(seed=0):
+    rng = np.random.default_rng(seed)
+    return [[rng.integers(3, SMALL["vocab_size"], n) for n in row] for row in LENGTHS]
+
+
+def packed_rows(docs):
+    """input_ids and labels [B,T], segment_ids [B,T]; one label in five does not count, and rows end in padding."""
+    ids, segments = np.zeros((len(docs), T), np.int32), np.zeros((len(docs), T), np.int32)
+    for b, row in enumerate(docs):
+        joined = np.concatenate(row)
+        ids[b, : len(joined)] = joined
+        segments[b, : len(joined)] = np.repeat(np.arange(1, len(row) + 1), [len(d) for d in row])
+    return {"input_ids": jnp.asarray(ids), "labels": jnp.where(ids % 5 == 0, -100, ids), "segment_ids": jnp.asarray(segments)}
+
+
+def single_rows(docs):
+    """Each document in a row of its own, padded on the right."""
+    flat = [d for row in docs for d in row]
+    ids, mask = np.zeros((len(flat), T), np.int32), np.zeros((len(flat), T), np.int32)
+    for i, d in enumerate(flat):
+        ids[i, : len(d)], mask[i, : len(d)] = d, 1
+    return {
+        "input_ids": jnp.asarray(ids),
+        "labels": jnp.where((mask == 0) | (ids % 5 == 0), -100, ids),
+        "attention_mask": jnp.asarray(mask),
+    }
+
+
+def assert_packing_is_exact(model, **options):
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    docs = documents()
+    value = lambda params, batch: model.apply({"params": params}, **batch, **options).loss
+    gradients = jax.jit(jax.value_and_grad(value))
+    loss, grads = gradients(params, packed_rows(docs))
+    wanted, alone = gradients(params, single_rows(docs))
+    assert abs(loss - wanted) <= 1e-5 * wanted
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(alone)))
+    for (name, g), w in zip(flatten(grads).items(), flatten(alone).values()):
+        assert np.linalg.norm(g - w) <= 1e-4 * max(np.linalg.norm(w), 1e-3 * norm), name
+
+
+@pytest.mark.parametrize(("scanned", "attention"), [(False, "eager"), (True, "xla")])
+def test_llama(scanned, attention):
+    config = LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2)
+    model = LlamaForCausalLM(config, scan_layers=scanned, attn_implementation=attention)
+    assert_packing_is_exact(model, loss_options=LossOptions(chunk=7, z_loss=0.01, label_smoothing=0.1))
+
+
+# Windows shorter than a document, biases by distance, learned positions, soft-capped logits: what sees positions, by family.
+SPECIAL = {
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "head_dim": 8},
+    "bloom": {},
+    "gpt2": {},
+    "gpt_neo": {"window_size": 4, "attention_types": ((("global", "local"), 1),), "num_layers": 2, "num_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_families_that_see_positions_in_other_ways(family):
+    assert_packing_is_exact(_small(family))
+
+
+def _small(name):
+    """A tiny model of a family from its default config."""
+    family = find_family(name)
+    known = set(family.config.field_names()) | set(family.config.spelled.values())
+    values = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "ffn_dim": 48}
+    values |= {"word_embed_proj_dim": 32, "rotary_dim": 4, "pad_token_id": 0, "d_model": 32, "attention_heads": 4, "num_heads": 4}
+    values |= SPECIAL.get(name, {})
+    return family.classes["AutoModelForCausalLM"](family.config.from_dict({k: v for k, v in values.items() if k in known}))
+
+
+def test_a_document_does_not_see_its_neighbour():
+    """The test's own sensitivity: without segments the loss is another."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    batch = packed_rows(documents())
+    kept = model.apply({"params": params}, **batch).loss
+    batch.pop("segment_ids")
+    assert abs(kept - model.apply({"params": params}, **batch).loss) > 1e-3 * kept
+
+
+def test_refusals():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48))
+    params, batch = init_params(model, jax.random.key(0)), packed_rows(documents())
+    apply = lambda model=model, **changed: model.apply({"params": params}, **{**batch, **changed})
+    with pytest.raises(ValueError, match="take the place of attention_mask"):
+        apply(attention_mask=jnp.ones_like(batch["input_ids"]))
+    with pytest.raises(ValueError, match="segment_ids are int32"):
+        apply(attention_mask=Packed(batch["segment_ids"][:, 1:]), segment_ids=None)
+    with pytest.raises(ValueError, match="'splash' cannot keep packed documents apart"):
+        apply(model.clone(attn_implementation="splash"))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    dynamic = LlamaConfig.from_dict({**SMALL, "intermediate_size": 48, "rope_parameters": rope, "max_position_embeddings": 16})
+    with pytest.raises(ValueError, match="turns by a row's length"):
+        apply(LlamaForCausalLM(dynamic))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SPECIAL) - {"llama"}))
+def test_every_decoder_is_exact_or_refuses(family):
+    if "AutoModelForCausalLM" not in find_family(family).classes:
+        return
+    try:
+        assert_packing_is_exact(_small(family))
+    except ValueError as error:
+        assert "give every document its own row" in str(error)
