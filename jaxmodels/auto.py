@@ -43,6 +43,7 @@ FAMILIES: dict[str, str | Family] = {
     "olmo": "jaxmodels.models.olmo",
     "olmo2": "jaxmodels.models.olmo2",
     "opt": "jaxmodels.models.opt",
+    "persimmon": "jaxmodels.models.persimmon",
     "phi": "jaxmodels.models.phi",
     "phi3": "jaxmodels.models.phi3",
     "qwen2": "jaxmodels.models.qwen2",
