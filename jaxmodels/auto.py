@@ -24,6 +24,7 @@ FAMILIES: dict[str, str | Family] = {
     "codegen": "jaxmodels.models.codegen",
     "cohere": "jaxmodels.models.cohere",
     "cohere2": "jaxmodels.models.cohere2",
+    "exaone4": "jaxmodels.models.exaone4",
     "falcon": "jaxmodels.models.falcon",
     "gemma": "jaxmodels.models.gemma",
     "gemma2": "jaxmodels.models.gemma2",
