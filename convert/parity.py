@@ -33,11 +33,15 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0, "eos_t
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """input_ids and attention_mask [B,T], padded with arbitrary ids; `new_tokens` are then decoded greedily."""
+    """input_ids and attention_mask [B,T], padded with arbitrary ids; `new_tokens` are then decoded greedily.
+
+    others: what else the model takes, [B,T] by name. masked: for a masked language model, whose labels are of the tokens themselves."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     new_tokens: int = 16
+    others: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    masked: bool = False
 
     def rows(self) -> Iterator[np.ndarray]:
         """The real tokens of each row."""
@@ -46,9 +50,10 @@ class Inputs:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the tokens that follow another: padding before a row's first token predicts nothing."""
+        """Of the tokens that follow another: padding before a row's first token predicts nothing. Masked: of every third token."""
         follows = np.pad(self.attention_mask[:, :-1], ((0, 0), (1, 0))) * self.attention_mask
-        return np.where(follows == 1, self.input_ids, -100)
+        chosen = self.attention_mask * (np.cumsum(self.attention_mask, 1) % 3 == 1) if self.masked else follows
+        return np.where(chosen == 1, self.input_ids, -100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +91,22 @@ def fresh_rope(model: Any) -> Iterator[None]:
 
 
 def torch_answers(model: Any, inputs: Inputs, *, greedy: bool = True, gradients: bool = True) -> Answers:
-    """What a torch causal LM says about each row alone, in its own dtype."""
+    """What a torch language model says about each row alone, in its own dtype."""
     import torch
 
     hidden, logits, tokens = [], [], []
-    predicted = sum(len(row) - 1 for row in inputs.rows())
+    predicted = int((inputs.labels != -100).sum())
+    ahead = 0 if inputs.masked else 1  # how far a label is ahead of its logits
     model.zero_grad()
-    for row in inputs.rows():
-        ids = torch.tensor(row[None], dtype=torch.long)
+    for b, real in enumerate(inputs.attention_mask.astype(bool)):
+        row = inputs.input_ids[b][real]
+        alone = lambda x: torch.tensor(x[b][real][None], dtype=torch.long)  # noqa: B023
+        ids, others = alone(inputs.input_ids), {name: alone(x) for name, x in inputs.others.items()}
         with fresh_rope(model), torch.set_grad_enabled(gradients):
-            out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+            out = model(input_ids=ids, **others, output_hidden_states=True, use_cache=False)
             if gradients:
-                loss = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+                of_labels = out.logits[0, : len(row) - ahead].float()
+                loss = torch.nn.functional.cross_entropy(of_labels, alone(inputs.labels)[0, ahead:], reduction="sum")
                 (loss / predicted).backward()
         hidden.append([h[0].detach().double().numpy() for h in out.hidden_states])
         logits.append(out.logits[0].detach().double().numpy())
@@ -149,10 +158,10 @@ def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def program(model: Any, gradients: bool) -> Any:
-    """Jitted: (params, input_ids, attention_mask, labels) -> (hidden states, logits), gradients or None."""
+    """Jitted: (params, input_ids, attention_mask, labels, other inputs) -> (hidden states, logits), gradients or None."""
 
-    def run(params: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple]:
-        out = model.apply({"params": params}, ids, attention_mask=mask, labels=labels, output_hidden_states=True)
+    def run(params: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array, others: dict[str, jax.Array]) -> tuple[jax.Array, tuple]:
+        out = model.apply({"params": params}, ids, attention_mask=mask, labels=labels, output_hidden_states=True, **others)
         return out.loss, (out.hidden_states, out.logits)
 
     both = jax.value_and_grad(run, has_aux=True)
@@ -160,7 +169,7 @@ def program(model: Any, gradients: bool) -> Any:
 
 
 def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True, gradients: bool = True) -> Answers:
-    """What our causal LM says about the padded batch, where the mask is 1."""
+    """What our language model says about the padded batch, where the mask is 1."""
     from jaxmodels.auto import conversion_of
     from jaxmodels.convert.load import unload
     from jaxmodels.generation import generate
@@ -168,7 +177,7 @@ def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True,
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, sampled = None, {}
     with parity_mode():
-        (hidden, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels)
+        (hidden, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels, dict(inputs.others))
         if greedy:
             result = generate(model, params, ids, mask, max_new_tokens=inputs.new_tokens, **GREEDY)  # type: ignore[arg-type]
             tokens = np.asarray(result.sequences[:, ids.shape[1] :])

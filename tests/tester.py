@@ -81,6 +81,12 @@ def compilations():
         monitoring.unregister_event_duration_listener(listen)
 
 
+def random_others(counts, shape, seed=2):
+    """{name: ids below its count} of that shape."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(0, count, shape, dtype=np.int32) for name, count in counts.items()}
+
+
 def close(ours, theirs):
     """float32's tolerance: 1e-4 of the standard deviation where that is above 1."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -97,20 +103,28 @@ class Case:
     path: Path
     inputs: parity.Inputs
     greedy: bool  # whether greedy tokens are compared
+    task: str = "AutoModelForCausalLM"
 
     @classmethod
-    def make(cls, hf_config, path, greedy=True):
-        hf = sensitive(transformers.AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
+    def make(cls, hf_config, path, greedy=True, task="AutoModelForCausalLM", others=()):
+        """others: names of further inputs and how many values each has."""
+        hf = sensitive(getattr(transformers, task).from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
         hf.save_pretrained(path)
-        return cls(hf, Path(path), parity.hostile_inputs(hf_config.vocab_size, 300, new_tokens=8), greedy)
+        inputs = parity.hostile_inputs(hf_config.vocab_size, 300, new_tokens=8)
+        values = random_others(dict(others), inputs.input_ids.shape)
+        inputs = dataclasses.replace(inputs, others=values, masked=task == "AutoModelForMaskedLM")
+        return cls(hf, Path(path), inputs, greedy, task)
+
+    def load(self, path=None, **options):
+        return auto.from_pretrained(path or self.path, getattr(auto, self.task), **{"dtype": jnp.float32, **options})
 
     @cached_property
     def loaded(self):
-        return auto.from_pretrained(self.path, auto.AutoModelForCausalLM, dtype=jnp.float32)
+        return self.load()
 
     @cached_property
     def scanned(self):
-        return auto.from_pretrained(self.path, auto.AutoModelForCausalLM, dtype=jnp.float32, scan_layers=True, remat="full")
+        return self.load(scan_layers=True, remat="full")
 
     @cached_property
     def torch(self):
@@ -143,7 +157,7 @@ class Case:
         forward = {"greedy": False, "gradients": False}
         truth = parity.torch_answers(copy.deepcopy(low).float(), self.inputs, **forward).logits
         theirs = parity.torch_answers(low, self.inputs, **forward).logits
-        ours = parity.our_answers(*auto.from_pretrained(self.path, dtype=jnp.bfloat16), self.inputs, **forward).logits
+        ours = parity.our_answers(*self.load(dtype=jnp.bfloat16), self.inputs, **forward).logits
         error = lambda x: float(np.sqrt(np.mean((x - truth) ** 2)))
         return error(ours) / error(theirs)
 
@@ -178,16 +192,18 @@ class Case:
 CHUNKS = [[7] * 4, [7, 0, 3, 1], [0, 7, 0, 2], [7, 5, 7, 7]]  # turns of 7 columns, for programs that are compiled for this alone
 
 
-class VariantTester:
-    """The checks of every variant."""
+class VariantChecks:
+    """The checks of every variant of every model with a language head, `task`."""
 
     hf_config: object
     greedy = False
+    task = "AutoModelForCausalLM"
+    others: dict = {}  # noqa: RUF012  # further inputs by name, and how many values each has
 
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, tmp_path_factory):
-        return Case.make(cls.hf_config, tmp_path_factory.mktemp("case"), cls.greedy)
+        return Case.make(cls.hf_config, tmp_path_factory.mktemp("case"), cls.greedy, cls.task, cls.others)
 
     def test_hidden_states(self, case):
         assert all(row.passed for row in case.report.layers), str(case.report)
@@ -199,10 +215,6 @@ class VariantTester:
     def test_gradients(self, case):
         assert case.report.gradients and all(row.passed for row in case.report.gradients), str(case.report)
 
-    def test_second_turn_of_ragged_rows(self, case):
-        """Turns of 130 and of 37 columns: rows of very different lengths, a row that skips a turn, padding inside the history."""
-        case.check_turns([[130, 87, 41, 3], [37, 5, 0, 12], [37, 37, 1, 20]], [130, 37, 37])
-
     def test_round_trip(self, case, tmp_path):
         """save(load(x)) has the bytes of x, also through the scanned form."""
         for n, (model, params) in enumerate((case.loaded, case.scanned)):
@@ -210,57 +222,41 @@ class VariantTester:
             assert tensors(tmp_path / str(n)) == tensors(case.path)
 
 
-class FamilyTester(VariantTester):
-    """All checks. `full_size`: fields of a published config and its number of parameters, counted without allocating them."""
+class FamilyChecks(VariantChecks):
+    """All that decoders and encoders have in common. `full_size`: fields of a published config and its number of parameters, counted
+    without allocating them."""
 
     name: str = ""  # of the record; default: the model_type
     full_size: tuple = ()
+    full_size_task: str = ""  # the class that the number is published for; default: the task
     file_names: dict = {}  # noqa: RUF012  # HF's parameters that its files call otherwise
     other_keys: tuple = ()  # functions from a file's {key: tensor} to one as found in the wild, which loads to the same parameters
     head_config: dict = {"num_labels": 3, "pad_token_id": 0}  # noqa: RUF012
-    greedy = True
 
-    def test_greedy(self, case):
-        """jaxmodels.generate on the padded batch and torch's on each row alone."""
-        assert case.report.greedy and case.report.greedy_equal, str(case.report)
+    def also(self, case, model, params):
+        """More to check of another form of the model."""
 
     def test_right_padding(self, case):
         """The same rows at the other end."""
-        ids, mask = np.full_like(case.inputs.input_ids, 1), np.zeros_like(case.inputs.attention_mask)
-        for b, row in enumerate(case.inputs.rows()):
-            ids[b, : len(row)], mask[b, : len(row)] = row, 1
-        case.check(*case.loaded, parity.Inputs(ids, mask))
-
-    def test_cached_equals_uncached(self, case):
-        """In chunks of 130, 37 and 1, without padding and with single steps that some rows skip."""
-        case.check_turns([[n] * 4 for n in (130, 37, 37, 1)] + [[1, 0, 1, 1], [0, 1, 1, 1]], [130, 37, 37, 1, 1, 1])
-
-    def test_heads_first_cache(self, case, monkeypatch):
-        """The memory layout of accelerators."""
-        monkeypatch.setattr("jaxmodels.cache.jax.default_backend", lambda: "tpu")
-        case.check_turns(CHUNKS, [7] * 4, fresh=False)
+        inputs = case.inputs
+        order = np.argsort(1 - inputs.attention_mask, 1, kind="stable")
+        moved = lambda x: np.take_along_axis(x, order, 1)
+        others = {name: moved(x) for name, x in inputs.others.items()}
+        fields = {"input_ids": moved(inputs.input_ids), "attention_mask": moved(inputs.attention_mask), "others": others}
+        case.check(*case.loaded, dataclasses.replace(inputs, **fields))
 
     def test_scanned_equals_unrolled(self, case):
-        """Hidden states, logits, gradients (recomputed in the backward pass), and turns through the cache."""
+        """Hidden states, logits, gradients (recomputed in the backward pass)."""
         case.check(*case.scanned)
-        case.check_turns(CHUNKS, [7] * 4, *case.scanned, fresh=False)
+        self.also(case, *case.scanned)
 
     def test_eight_devices_equal_one(self, case):
         """Loaded in shards under fsdp+tensor rules."""
         rules = Rules.preset("fsdp+tensor", make_mesh(fsdp=4, tensor=2))
-        model, params = auto.from_pretrained(case.path, dtype=jnp.float32, rules=rules, scan_layers=True)
+        model, params = case.load(rules=rules, scan_layers=True)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
         case.check(model, params)
-        case.check_turns(CHUNKS, [7] * 4, model, params, fresh=False)
-
-    def test_one_compilation_per_bucket(self, case):
-        """A second call with other lengths, another eos id and another limit compiles nothing."""
-        ids, mask = case.inputs.input_ids, case.inputs.attention_mask
-        with parity_mode():  # part of what a program is, and the report's generate ran so
-            generate(*case.loaded, ids, mask, max_new_tokens=8, **parity.GREEDY)
-            with compilations() as found:
-                generate(*case.loaded, ids[:, 9:], mask[:, 9:], max_new_tokens=5, **parity.GREEDY | {"eos_token_id": (3, 5)})
-        assert not found
+        self.also(case, model, params)
 
     def test_torch_loads_ours(self, case, tmp_path):
         """From shards, with no key missing or left over, and the very same logits."""
@@ -280,7 +276,7 @@ class FamilyTester(VariantTester):
             save_file(change(load_file(case.path / "model.safetensors")), directory / "model.safetensors")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that buffers were left out
-                _, params = auto.from_pretrained(directory, dtype=jnp.float32)
+                _, params = case.load(directory)
             jax.tree.map(np.testing.assert_array_equal, params, case.loaded[1])
 
     def test_bfloat16(self, case):
@@ -332,18 +328,19 @@ class FamilyTester(VariantTester):
     def test_heads(self, tmp_path):
         """Every other head of the family: logits and losses of a batch with padding on either side, against HF's class."""
         for name in self.classes():
-            if name not in ("AutoModel", "AutoModelForCausalLM"):
-                check_head(self.hf_config, self.head_config, name, tmp_path / name)
+            if name not in ("AutoModel", "AutoModelForCausalLM", self.task):
+                check_head(self.hf_config, self.head_config, name, tmp_path / name, self.others)
 
     def test_full_size(self):
         if not self.full_size:
             pytest.skip("no published size given")
         values, count = self.full_size
         config = auto.AutoConfig.for_model(self.hf_config.model_type, **values)
-        cls = auto.AutoModelForCausalLM.class_for(config)
+        task = self.full_size_task or self.task
+        cls = getattr(auto, task).class_for(config)
         assert count_params(abstract_params(cls(config, scan_layers=True))) == count
         with torch.device("meta"):
-            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(self.hf_config.model_type, **values))
+            theirs = getattr(transformers, task).from_config(transformers.AutoConfig.for_model(self.hf_config.model_type, **values))
         rules, prefix = auto.conversion_of(cls(config))
         tree = unload(flatten(abstract_params(cls(config))), rules=rules, base_prefix=prefix)
         shapes = {key: tensor.shape for key, tensor in tree.items()}
@@ -359,7 +356,7 @@ class FamilyTester(VariantTester):
             "torch float32 against float64, logits": report.logits.torch_error,
             "torch float32 against float64, hidden states": max(row.torch_error for row in report.layers),
             "bfloat16 error over torch's": case.bfloat16,
-            "greedy tokens": f"{sum(report.greedy)} of {report.new_tokens * len(report.greedy)}",
+            "greedy tokens": f"{sum(report.greedy)} of {report.new_tokens * len(report.greedy)}" if report.greedy else "encoder",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "jax": jax.__version__,
@@ -374,23 +371,82 @@ class FamilyTester(VariantTester):
         return auto.find_family(self.hf_config.model_type).classes
 
 
+class VariantTester(VariantChecks):
+    """The checks of every variant of a decoder."""
+
+    def test_second_turn_of_ragged_rows(self, case):
+        """Turns of 130 and of 37 columns: rows of very different lengths, a row that skips a turn, padding inside the history."""
+        case.check_turns([[130, 87, 41, 3], [37, 5, 0, 12], [37, 37, 1, 20]], [130, 37, 37])
+
+
+class FamilyTester(FamilyChecks, VariantTester):
+    """All checks of a decoder."""
+
+    greedy = True
+
+    def also(self, case, model, params):
+        """Turns through the cache."""
+        case.check_turns(CHUNKS, [7] * 4, model, params, fresh=False)
+
+    def test_greedy(self, case):
+        """jaxmodels.generate on the padded batch and torch's on each row alone."""
+        assert case.report.greedy and case.report.greedy_equal, str(case.report)
+
+    def test_cached_equals_uncached(self, case):
+        """In chunks of 130, 37 and 1, without padding and with single steps that some rows skip."""
+        case.check_turns([[n] * 4 for n in (130, 37, 37, 1)] + [[1, 0, 1, 1], [0, 1, 1, 1]], [130, 37, 37, 1, 1, 1])
+
+    def test_heads_first_cache(self, case, monkeypatch):
+        """The memory layout of accelerators."""
+        monkeypatch.setattr("jaxmodels.cache.jax.default_backend", lambda: "tpu")
+        case.check_turns(CHUNKS, [7] * 4, fresh=False)
+
+    def test_one_compilation_per_bucket(self, case):
+        """A second call with other lengths, another eos id and another limit compiles nothing."""
+        ids, mask = case.inputs.input_ids, case.inputs.attention_mask
+        with parity_mode():  # part of what a program is, and the report's generate ran so
+            generate(*case.loaded, ids, mask, max_new_tokens=8, **parity.GREEDY)
+            with compilations() as found:
+                generate(*case.loaded, ids[:, 9:], mask[:, 9:], max_new_tokens=5, **parity.GREEDY | {"eos_token_id": (3, 5)})
+        assert not found
+
+
+class EncoderVariantTester(VariantChecks):
+    """The checks of every variant of an encoder, by its masked language model."""
+
+    task = "AutoModelForMaskedLM"
+    others = {"token_type_ids": 2}  # noqa: RUF012
+
+
+class EncoderTester(FamilyChecks, EncoderVariantTester):
+    """All checks of an encoder."""
+
+
 def head_labels(name, B, C, T, rng):
     """Keywords that ask HF's class and ours for a loss."""
-    if name == "AutoModelForSequenceClassification":
+    words = np.where(rng.random((B, T)) < 0.3, -100, rng.integers(0, C, (B, T)))
+    if name == "AutoModelForNextSentencePrediction":
+        yield {"labels": rng.integers(0, 2, B)}
+    elif name == "AutoModelForPreTraining":
+        yield {"labels": words, "next_sentence_label": rng.integers(0, 2, B)}
+    elif name == "AutoModelForMultipleChoice":
+        yield {"labels": rng.integers(0, B, 1)}
+    elif name == "AutoModelForSequenceClassification":
         yield {"labels": rng.integers(0, C, B)}
         yield {"labels": rng.integers(0, 2, (B, C)).astype(np.float32)}
     elif name == "AutoModelForTokenClassification":
-        yield {"labels": np.where(rng.random((B, T)) < 0.3, -100, rng.integers(0, C, (B, T)))}
+        yield {"labels": words}
     elif name == "AutoModelForQuestionAnswering":
         yield {"start_positions": np.array([3, 20, 49]), "end_positions": np.array([5, 49, 60])}
     else:
         raise NotImplementedError(f"no labels are known for {name}")
 
 
-def check_head(hf_config, changes, name, path):
-    """Losses of three whole rows, and logits of the same rows padded on either side, against HF's class on each row alone."""
+def check_head(hf_config, changes, name, path, others=()):
+    """Losses of three whole rows, and logits of the same rows padded on either side, against HF's class on each row alone. For multiple
+    choice they are the choices of one row."""
     config = copy.deepcopy(hf_config)
-    config.update(changes)
+    config.update({k: v for k, v in changes.items() if k != "num_labels" or name != "AutoModelForQuestionAnswering"})
     hf = sensitive(getattr(transformers, name).from_config(config, attn_implementation="eager"))
     hf.save_pretrained(path)
     model, params = getattr(auto, name).from_pretrained(path, dtype=jnp.float32, scan_layers=True)
@@ -398,15 +454,20 @@ def check_head(hf_config, changes, name, path):
     ids = rng.integers(1, config.vocab_size, (3, 50), dtype=np.int32)
     mask = np.ones_like(ids)
     mask[1, :23], mask[2, 31:] = 0, 0
-    padded = np.where(mask == 1, ids, config.pad_token_id)
-    forward = jax.jit(lambda params, ids, mask, labels: model.apply({"params": params}, ids, attention_mask=mask, **labels))
+    whole = {"input_ids": ids, **random_others(dict(others), ids.shape)}
+    padded = whole | {"input_ids": np.where(mask == 1, ids, config.pad_token_id)}
+    choices = name == "AutoModelForMultipleChoice"
+    wrap = lambda inputs: {k: x[None] if choices else x for k, x in inputs.items()}
+    as_torch = lambda inputs: {k: torch.tensor(x, dtype=torch.long) for k, x in wrap(inputs).items()}
+    forward = jax.jit(lambda params, inputs, labels: model.apply({"params": params}, **inputs, **labels))
     with torch.no_grad():
-        rows = [hf(torch.tensor(row[m == 1][None], dtype=torch.long)) for row, m in zip(ids, mask)]
+        rows = [hf(**as_torch({k: x[b][m == 1][None] for k, x in whole.items()})) for b, m in enumerate(mask)]
         for labels in head_labels(name, 3, config.num_labels, 50, rng):
             hf.config.problem_type = None  # HF infers it from the first labels it sees and keeps it
-            theirs = hf(torch.tensor(ids, dtype=torch.long), **{k: torch.tensor(v) for k, v in labels.items()}).loss
-            close(forward(params, ids, np.ones_like(ids), labels).loss, theirs)
-            out = forward(params, padded, mask, labels)
+            theirs = hf(**as_torch(whole), **{k: torch.tensor(v) for k, v in labels.items()}).loss
+            close(forward(params, wrap(whole | {"attention_mask": np.ones_like(mask)}), labels).loss, theirs)
+            out = forward(params, wrap(padded | {"attention_mask": mask}), labels)
             for key in [key for key in rows[0].keys() if "logits" in key]:  # noqa: SIM118
-                for mine, m, row in zip(np.asarray(out[key]), mask, rows):
+                logits = np.asarray(out[key])
+                for mine, m, row in zip(logits.reshape(3, 1) if choices else logits, mask, rows):
                     close(mine[m == 1] if mine.shape[:1] == m.shape else mine, row[key][0])
