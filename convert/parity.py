@@ -81,6 +81,13 @@ def _sample(gradient: np.ndarray) -> np.ndarray:
     return flat[:: -(-flat.size // SAMPLE)]
 
 
+def in_double(model: Any) -> Any:
+    """The torch model in float64; for that its experts run one by one, as torch's grouped products know no float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
 @contextmanager
 def fresh_rope(model: Any) -> Iterator[None]:
     """Torch's dynamic rope remembers the longest sequence it has seen; afterwards `model` has forgotten what it saw inside."""
@@ -307,7 +314,7 @@ def _load_torch(path: Path) -> Any:
 
 def _both_precisions(path: Path, inputs: Inputs, gradients: bool) -> tuple[Answers, Answers]:
     model = _load_torch(path)
-    return torch_answers(model, inputs, gradients=gradients), torch_answers(model.double(), inputs, greedy=False, gradients=False)
+    return torch_answers(model, inputs, gradients=gradients), torch_answers(in_double(model), inputs, greedy=False, gradients=False)
 
 
 def _inputs_for(path: Path) -> Inputs:

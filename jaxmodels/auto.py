@@ -24,6 +24,7 @@ FAMILIES: dict[str, str | Family] = {
     "codegen": "jaxmodels.models.codegen",
     "cohere": "jaxmodels.models.cohere",
     "cohere2": "jaxmodels.models.cohere2",
+    "deepseek_v2": "jaxmodels.models.deepseek_v2",
     "exaone4": "jaxmodels.models.exaone4",
     "falcon": "jaxmodels.models.falcon",
     "gemma": "jaxmodels.models.gemma",
@@ -39,6 +40,7 @@ FAMILIES: dict[str, str | Family] = {
     "granite": "jaxmodels.models.granite",
     "llama": "jaxmodels.models.llama",
     "mistral": "jaxmodels.models.mistral",
+    "mixtral": "jaxmodels.models.mixtral",
     "mpt": "jaxmodels.models.mpt",
     "nemotron": "jaxmodels.models.nemotron",
     "olmo": "jaxmodels.models.olmo",
@@ -52,6 +54,7 @@ FAMILIES: dict[str, str | Family] = {
     "smollm3": "jaxmodels.models.smollm3",
     "stablelm": "jaxmodels.models.stablelm",
     "starcoder2": "jaxmodels.models.starcoder2",
+    "t5": "jaxmodels.models.t5",
     "xglm": "jaxmodels.models.xglm",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
@@ -123,6 +126,12 @@ class AutoModel(_AutoClass): ...
 class AutoModelForCausalLM(_AutoClass): ...
 
 
+class AutoModelForSeq2SeqLM(_AutoClass): ...
+
+
+class AutoModelForTextEncoding(_AutoClass): ...
+
+
 class AutoModelForMaskedLM(_AutoClass): ...
 
 
@@ -142,6 +151,11 @@ class AutoModelForTokenClassification(_AutoClass): ...
 
 
 class AutoModelForQuestionAnswering(_AutoClass): ...
+
+
+def text_task(config: Config) -> type[_AutoClass]:
+    """The task whose class generates text: a causal or a sequence-to-sequence language model."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def from_pretrained(
@@ -179,6 +193,7 @@ def from_pretrained(
     cls = task.class_for(config) if issubclass(task, _AutoClass) else task
     source = dequantized(read_checkpoint(directory, variant=variant), config)
     stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
+    config = config.matched(source)
     model = cls(
         config,
         dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),

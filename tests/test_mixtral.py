@@ -1,0 +1,57 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+from moe_tester import MoeTester
+from tester import Case, VariantTester
+
+from jaxmodels import auto
+from jaxmodels.params import flatten
+from jaxmodels.sharding import Rules, make_mesh
+
+SHAPE = {
+    "vocab_size": 263,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+class TestMixtral(MoeTester):
+    hf_config = transformers.MixtralConfig(**SHAPE)
+    full_size = ({}, 46_702_792_704)  # mistralai/Mixtral-8x7B-v0.1
+
+
+class TestMixtralWithWindow(VariantTester):
+    hf_config = transformers.MixtralConfig(
+        **SHAPE | {"num_key_value_heads": 1, "num_experts_per_tok": 1}, head_dim=10, sliding_window=37, tie_word_embeddings=True
+    )
+
+
+@pytest.mark.parametrize("implementation", ["ragged_dot", "dense"])
+def test_expert_parallel(tmp_path, implementation):
+    """Experts over 8 devices: torch's numbers, every device holds one expert's weights, and none is sent to another."""
+    case = Case.make(transformers.MixtralConfig(**SHAPE | {"num_local_experts": 8, "num_hidden_layers": 2}), tmp_path)
+    rules = Rules.preset("expert", make_mesh(expert=8))
+    options = {"dtype": jnp.float32, "rules": rules, "experts_implementation": implementation}
+    model, params = auto.from_pretrained(case.path, **options, scan_layers=True)
+    experts = {key: leaf for key, leaf in flatten(params).items() if ".experts." in key}
+    assert len(experts) == 3
+    for leaf in experts.values():
+        assert leaf.sharding.shard_shape(leaf.shape)[:2] == (2, 1)
+    case.check(model, params)
+    step = jax.jit(jax.grad(lambda p, ids: model.apply({"params": p}, ids, labels=ids).loss))
+    text = step.lower(params, case.inputs.input_ids).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    E, F, D = 8, SHAPE["intermediate_size"], SHAPE["hidden_size"]
+    assert not {f"{E},{F},{D}", f"{E},{D},{F}", f"2,{E},{F},{D}", f"2,{E},{D},{F}"} & set(gathered), gathered
+    assert re.search("all-(reduce|to-all)|reduce-scatter", text)
