@@ -5,6 +5,7 @@ Axis letters: B batch, T new tokens, S cache slots, D hidden, N query heads, K k
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax import struct
 from jaxmodels.cache import Cache, segments
 from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
+from jaxmodels.ops.lora import adapted_embedding, adapted_linear
 from jaxmodels.ops.norm import layer_norm, rms_norm
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 
@@ -51,6 +53,24 @@ def parameter(
     return value
 
 
+def adapter_of(module: nn.Module) -> dict[str, Any]:
+    """The leaves that jaxmodels.training.lora has put beside a module's own parameters."""
+    return {name: leaf for name, leaf in module.variables["params"].items() if name.startswith("lora_")}
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: Any) -> jax.Array:
+    """x with a share `rate` of its numbers set to 0 and the rest made larger by it, where the call has a key: rngs={"dropout": key}."""
+    if not module.has_rng("dropout") or (isinstance(rate, int | float) and rate == 0):
+        return x
+    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+def weight_dropout(module: nn.Module, rate: float) -> tuple[jax.Array, float] | None:
+    """Attention's `dropout` option: a key and the rate, where the call has a key."""
+    return (module.make_rng("dropout"), rate) if rate and module.has_rng("dropout") else None
+
+
 class Linear(nn.Module):
     """torch.nn.Linear: `weight` [out, in] and `bias` [out], as the checkpoint stores them. `axes` name (out, in)."""
 
@@ -65,7 +85,11 @@ class Linear(nn.Module):
         normal, shape = nn.initializers.normal(self.init_std), (self.features, x.shape[-1])
         weight = parameter(self, "weight", normal, self.axes, shape) if tied is None else tied
         bias = parameter(self, "bias", nn.initializers.zeros, self.axes[:1], shape[:1]) if self.use_bias else None
-        return linear(x, weight, bias)
+        if not self.has_variable("params", "lora_A"):
+            return linear(x, weight, bias)
+        adapter = adapter_of(self)
+        rate = adapter.get("lora_dropout")
+        return adapted_linear(x, weight, bias, adapter, None if rate is None else partial(dropout, self, rate=rate))
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +139,8 @@ class Embedding(nn.Module):
         self.weight = parameter(self, "weight", normal, (self.axis, "embed"), (self.num, self.features))
 
     def __call__(self, ids: Any, dtype: Any) -> jax.Array:
-        return jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+        x = jnp.asarray(self.weight).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
+        return adapted_embedding(x, ids, adapter_of(self)) if self.has_variable("params", "lora_embedding_A") else x
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits [..., num] of x [..., features] against the rows: the tied head."""
@@ -349,6 +374,8 @@ class Layers(nn.Module):
             # Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes.
             params.append(self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init))
 
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+
         def body(carry: Any, xs: Any) -> tuple:
             (x, states), (layer, params) = carry, xs
             ins: list[Any] = []
@@ -358,7 +385,8 @@ class Layers(nn.Module):
                 ins.append(x if step.output_hidden_states else None)
                 state = None if states is None else states[j]
                 place = step.replace(layer=layer, number=start + layer * period + j)
-                x, state, w = block.apply({"params": params[j]}, x, state, place)  # type: ignore[misc]
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, place.number)}
+                x, state, w = block.apply({"params": params[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
                 ws.append(w)
                 new.append(state)
             return (x, None if states is None else tuple(new)), (ins, ws)

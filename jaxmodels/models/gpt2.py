@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op, Split, Transpose
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.outputs import BaseModelOutput
 
@@ -39,6 +39,9 @@ class GPT2Config(Config):
     activation_function: str = "gelu_new"
     max_position_embeddings: int = 1024
     layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     bos_token_id: int | None = 50256
@@ -64,8 +67,10 @@ class GPT2Attention(nn.Module):
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         if c.scale_attn_by_inverse_layer_idx:
             q = q / (step.number + 1)
-        out, state, weights = attend(q, k, v, state, step, scale=None if c.scale_attn_weights else 1.0)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out), state, weights
+        options = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
+        out, state, weights = attend(q, k, v, state, step, **options)  # [B, T, N*H]
+        out = dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out)
+        return dropout(self, out, c.resid_pdrop), state, weights
 
 
 class GPT2MLP(nn.Module):
@@ -77,7 +82,7 @@ class GPT2MLP(nn.Module):
         dense = partial(Linear, use_bias=True)
         h = dense(c.n_inner or 4 * c.hidden_size, ("mlp", "embed"), init_std=c.initializer_range, name="c_fc")(x)  # [B, T, F]
         h = step.constrain(activation(c.activation_function)(h), "batch", "seq", "act_mlp")
-        return dense(c.hidden_size, ("embed", "mlp"), init_std=c.residual_std, name="c_proj")(h)
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), init_std=c.residual_std, name="c_proj")(h), c.resid_pdrop)
 
 
 class GPT2Block(nn.Module):
@@ -118,7 +123,7 @@ class GPT2Model(Model):
     ) -> BaseModelOutput:
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         x = self.wte(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        x = x + self.wpe(step.lookup(position_ids), self.dtype)
+        x = dropout(self, x + self.wpe(step.lookup(position_ids), self.dtype), self.config.embd_pdrop)
         x, states, inputs, weights = self.h(x, None if cache is None else cache.layers, step)
         x = self.ln_f(x)
         return BaseModelOutput(

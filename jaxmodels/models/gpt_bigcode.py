@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jaxmodels.convert.rules import Ignore, Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import LayerNorm, Linear, Step, attend
+from jaxmodels.layers import LayerNorm, Linear, Step, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.gpt2 import GPT2MLP, GPT2Config, GPT2Model
 
@@ -42,8 +42,10 @@ class GPTBigCodeAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, scale=None if c.scale_attn_weights else 1.0)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out), state, weights
+        options = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
+        out, state, weights = attend(q, k, v, state, step, **options)  # [B, T, N*H]
+        out = dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out)
+        return dropout(self, out, c.resid_pdrop), state, weights
 
 
 class GPTBigCodeBlock(nn.Module):

@@ -16,7 +16,7 @@ from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import LayerNorm, Linear, Step, activation, attend
+from jaxmodels.layers import LayerNorm, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.models.gpt2 import GPT2Model
 
@@ -26,7 +26,11 @@ class GPTNeoConfig(Config):
     """attention_types: pairs of a list of kinds, `global` or `local`, and how often it is repeated; together one kind per layer."""
 
     model_type: ClassVar[str] = "gpt_neo"
-    spelled: ClassVar[Mapping[str, str]] = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    spelled: ClassVar[Mapping[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "embd_pdrop": "embed_dropout",
+    }
 
     vocab_size: int = 50257
     hidden_size: int = 2048
@@ -38,6 +42,9 @@ class GPTNeoConfig(Config):
     activation_function: str = "gelu_new"
     max_position_embeddings: int = 2048
     layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.0
+    attention_dropout: float = 0.0
+    resid_dropout: float = 0.0
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
 
@@ -69,8 +76,10 @@ class GPTNeoSelfAttention(nn.Module):
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         window = c.window_size if self.kind == "local" else None
-        out, state, weights = attend(q, k, v, state, step, scale=1.0, window=window)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), use_bias=True, name="out_proj")(out), state, weights
+        options = {"window": window, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, scale=1.0, **options)  # [B, T, N*H]
+        out = dense(D, ("embed", "heads"), use_bias=True, name="out_proj")(out)
+        return dropout(self, out, c.resid_dropout), state, weights
 
 
 class GPTNeoAttention(nn.Module):
@@ -93,7 +102,7 @@ class GPTNeoMLP(nn.Module):
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
         h = dense(c.intermediate_size or 4 * c.hidden_size, ("mlp", "embed"), name="c_fc")(x)  # [B, T, F]
         h = step.constrain(activation(c.activation_function)(h), "batch", "seq", "act_mlp")
-        return dense(c.hidden_size, ("embed", "mlp"), name="c_proj")(h)
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="c_proj")(h), c.resid_dropout)
 
 
 class GPTNeoBlock(nn.Module):

@@ -58,6 +58,7 @@ def eager(
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
     causal: bool = True,
+    dropout: tuple[jax.Array, float] | None = None,
 ) -> tuple[jax.Array, Weights]:
     """Written out, as torch's eager attention rounds: also returns the weights [B,N,T,S]."""
     B, T, N, H = q.shape
@@ -72,6 +73,9 @@ def eager(
         column = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None, None], (B, N, T, 1))
         logits = jnp.concatenate([logits, column], -1)
     weights = jax.nn.softmax(logits, -1)[..., :S].astype(q.dtype)
+    if dropout is not None:
+        key, rate = dropout
+        weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
     out = einsum("bkgts,bskh->btkgh", weights.reshape(B, K, N // K, T, S), v).astype(q.dtype)
     return out.reshape(B, T, N, -1), weights
 
@@ -91,7 +95,9 @@ def xla(
     mask = visible(q_positions, k_positions, window, causal)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, bias, mask=mask, scale=scale, implementation="xla")
+        wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - v.shape[-1])))  # it wants values as long as keys
+        out = jax.nn.dot_product_attention(q, k, wide, bias, mask=mask, scale=scale, implementation="xla")
+        return out[..., : v.shape[-1]]
 
     if q.dtype == jnp.float32:
         return attend(q, k, v), None
@@ -114,7 +120,7 @@ class Implementation:
 
 
 IMPLEMENTATIONS = {
-    "eager": Implementation(eager, ("window", "softcap", "bias", "sinks", "causal")),
+    "eager": Implementation(eager, ("window", "softcap", "bias", "sinks", "causal", "dropout")),
     "xla": Implementation(xla, ("window", "bias", "causal")),
     "splash": Implementation(splash, ("rules",)),
 }
@@ -153,6 +159,7 @@ def attention(
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
     causal: bool = True,
+    dropout: tuple[jax.Array, float] | None = None,
     implementation: str | None = None,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
@@ -163,6 +170,7 @@ def attention(
     that takes its share of every softmax. implementation: None is `xla`, or `eager` where that lacks an option. Returns [B,T,N,H] in
     q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
     asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks, "causal": None if causal else False}
+    asked["dropout"] = dropout
     options = {name: value for name, value in asked.items() if value is not None}
     if implementation is None:
         implementation = "xla" if set(options) <= set(IMPLEMENTATIONS["xla"].options) else "eager"
