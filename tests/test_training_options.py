@@ -214,7 +214,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state(scanned):
     model = LlamaForCausalLM(CONFIG, scan_layers=scanned)
     frozen = (r"model\.embed_tokens\..*", r".*\.self_attn\..*")
     start = flatten(jax.tree.map(np.asarray, perturbed(model)))
-    state, metrics = run(model, 3, optimizer=optax.adam(1e-2), frozen=frozen)
+    state, _ = run(model, 3, optimizer=optax.adam(1e-2), frozen=frozen)
     fixed = {name for name in start if "embed_tokens" in name or "self_attn" in name}
     for name, leaf in flatten(state.params).items():
         assert np.array_equal(leaf, start[name]) == (name in fixed), name

@@ -41,7 +41,7 @@ def merge(trained: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tree:
 def placement(model: Any, state: Any) -> Any:
     """A sharding for every leaf of a training state when the model has rules: what belongs to a parameter (its moments) lives as the
     parameter, by the end of its path; the rest is everywhere."""
-    table = {name: leaf for name, leaf in flatten(abstract_params(model)).items()}
+    table = flatten(abstract_params(model))
     everywhere = NamedSharding(model.rules.mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
