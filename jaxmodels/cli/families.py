@@ -10,6 +10,8 @@ from jaxmodels.auto import FAMILIES, find_family
 
 SHORT = {"AutoModel": "base", "AutoModelForCausalLM": "causal LM", "AutoModelForSequenceClassification": "sequence classification"}
 SHORT |= {"AutoModelForTokenClassification": "token classification", "AutoModelForQuestionAnswering": "question answering"}
+SHORT |= {"AutoModelForMaskedLM": "masked LM", "AutoModelForPreTraining": "pretraining", "AutoModelForMultipleChoice": "multiple choice"}
+SHORT |= {"AutoModelForNextSentencePrediction": "next sentence"}
 COLUMNS = ("logits", "torch float32 against float64, logits", "gradients", "bfloat16 error over torch's", "greedy tokens")
 
 

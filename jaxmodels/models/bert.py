@@ -180,7 +180,7 @@ class BertModel(Model):
             raise ValueError("a cache was given, but every token sees those after it: only is_decoder=True in the config decodes")
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         words = self.embeddings.word_embeddings(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        types = jnp.zeros(words.shape[:1] + words.shape[1:2], jnp.int32) if token_type_ids is None else token_type_ids
+        types = jnp.zeros(words.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
         x = self.embeddings(words, types, step.lookup(position_ids))
         x, states, inputs, weights = self.encoder(x, None if cache is None else cache.layers, step)
         first = jnp.argmax(step.positions >= 0, 1)
@@ -327,6 +327,9 @@ class BertForSequenceClassification(BertHead):
 class BertForMultipleChoice(BertHead):
     """Of several texts for each row, ids [B,C,T] and everything else likewise, which one: logits [B,C], labels [B]."""
 
+    def example_inputs(self) -> dict[str, jax.Array]:
+        return {"input_ids": jnp.zeros((1, 1, 1), jnp.int32)}
+
     def add_head(self) -> None:
         self.classifier = Linear(1, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
 
@@ -341,12 +344,11 @@ class BertForMultipleChoice(BertHead):
         token_type_ids: jax.Array | None = None,
         **labels: Any,
     ) -> SequenceClassifierOutput:
-        if input_ids is not None and input_ids.ndim != 3 and not self.is_initializing():
+        if input_ids is not None and input_ids.ndim != 3:
             raise ValueError(f"input_ids has shape {input_ids.shape}; multiple choice expects [batch, choices, tokens]")
         flat = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
         inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))
-        choices = 1 if self.is_initializing() else (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-        labels["choices"] = choices
+        labels["choices"] = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
         return super().__call__(*inputs, output_hidden_states, output_attentions, flat(token_type_ids), **labels)
 
     def answer(  # type: ignore[override]
