@@ -223,6 +223,38 @@ class EncoderDecoderKV(struct.PyTreeNode):
         return self.replace(own=self.own.take_slots(rows, start, slots))
 
 
+class Recurrent(struct.PyTreeNode):
+    """What a recurrent layer carries from token to token, of a size that does not grow: `windows` [B,W,C], the last inputs of its short
+    convolutions, and `state` [B,...] float32. All perhaps with a leading L. `names`: the logical axes of each window and of the state.
+
+    Padding is for the layer to leave out: what it writes here must be what the row's real tokens made."""
+
+    windows: tuple[jax.Array, ...]
+    state: jax.Array
+    names: tuple[tuple[str | None, ...], ...] = struct.field(pytree_node=False)
+
+    @property
+    def axes(self) -> Recurrent:
+        return self.replace(windows=self.names[:-1], state=self.names[-1])
+
+    def read(self, step: Any) -> tuple[tuple[jax.Array | None, ...], jax.Array | None]:
+        """The windows and the state; None each where nothing was written yet."""
+        if step.fresh:
+            return (None,) * len(self.windows), None
+        return tuple(_at(x, step.layer) for x in self.windows), _at(self.state, step.layer)
+
+    def write(self, windows: Sequence[jax.Array], state: jax.Array, step: Any) -> Recurrent:
+        put = lambda old, new: _put(old, new, step.layer)
+        return self.replace(windows=tuple(map(put, self.windows, windows)), state=put(self.state, state))
+
+    def resize(self, slots: int) -> Recurrent:
+        return self
+
+    def take(self, rows: jax.Array) -> Recurrent:
+        axis = self.state.ndim - len(self.names[-1])
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis), self)
+
+
 class Cache(struct.PyTreeNode):
     """`layers`: the states; `positions` [B,S] int32, -1 where a slot holds no token; `index` [] int32, the next slot to write;
     `fresh`: nothing was written yet, so a first chunk need not look at the slots."""
@@ -282,6 +314,8 @@ class Cache(struct.PyTreeNode):
 
     def forget(self, emptied: jax.Array) -> Cache:
         """Empty the slots where `emptied` [B,S] is true: rejected drafts, tokens written after a row was finished."""
+        if any(isinstance(state, Recurrent) for state in self.layers):
+            raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
         return self.replace(positions=jnp.where(emptied, -1, self.positions))
 
 
@@ -319,6 +353,21 @@ class SlidingKVSpec:
         lead = () if layers is None else (layers,)
         positions, skipped = jnp.full((*lead, batch, W), -1, jnp.int32), jnp.zeros((*lead, batch), bool)
         return SlidingKV(kv.k, kv.v, positions, skipped, jnp.zeros(lead, jnp.int32), self.window, heads_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentSpec:
+    """A recurrent layer. `windows`: the inputs that each short convolution looks back at, their channels and the channels' logical axis;
+    `state`: sizes and logical axes of what is carried in float32."""
+
+    windows: tuple[tuple[int, int, str | None], ...]
+    state: tuple[tuple[int, str | None], ...]
+
+    def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> Recurrent:
+        lead = (batch,) if layers is None else (layers, batch)
+        windows = tuple(jnp.zeros((*lead, *window[:2]), dtype) for window in self.windows)
+        names = (*(("batch", None, axis) for *_, axis in self.windows), ("batch", *(axis for _, axis in self.state)))
+        return Recurrent(windows, jnp.zeros((*lead, *(size for size, _ in self.state)), jnp.float32), names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxmodels.ops.linear import linear
 from jaxmodels.ops.lora import adapted_embedding, adapted_linear
 from jaxmodels.ops.norm import layer_norm, rms_norm
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
+from jaxmodels.ops.ssm import causal_conv
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -126,6 +127,27 @@ class HeadNorm(nn.Module):
         return layer_norm(x, parameter(self, "weight", nn.initializers.ones, (None, None), x.shape[-2:]), None, self.eps)
 
 
+class CausalConv(nn.Module):
+    """torch.nn.Conv1d with a kernel per channel, over a row's own tokens: `weight` [C,1,K] and `bias` [C]."""
+
+    width: int
+    use_bias: bool = True
+    axis: str | None = "mlp"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, window: jax.Array | None, step: Step) -> tuple[jax.Array, jax.Array]:
+        """x [B,T,C] and the inputs before it [B,K-1,C] -> the output [B,T,C], 0 at padding, and the inputs before the next token."""
+        C, K = x.shape[-1], self.width
+        weight = parameter(self, "weight", uniform(K**-0.5), (self.axis, None, None), (C, 1, K))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.axis,), (C,)) if self.use_bias else None
+        return causal_conv(x, weight[:, 0], bias, window, step.positions >= 0)
+
+
+def uniform(bound: float) -> Callable[..., jax.Array]:
+    """An initialiser: between -bound and bound."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
 class Embedding(nn.Module):
     """torch.nn.Embedding: `weight` [num, features]. An id out of range gives nan, not a neighbour's row."""
 
@@ -201,6 +223,7 @@ class Step(struct.PyTreeNode):
     layer: jax.Array | None = None  # the place in stacked states, None when a state is one layer's
     number: Any = 0  # the layer's place among all, an int or traced
     fresh: bool = struct.field(pytree_node=False, default=False)  # the cache held nothing: new keys are all keys
+    dtype: Any = struct.field(pytree_node=False, default=None)  # of the computation, where x may have another
     rules: Any = struct.field(pytree_node=False, default=None)
     attention: str | None = struct.field(pytree_node=False, default=None)
     output_hidden_states: bool = struct.field(pytree_node=False, default=False)

@@ -82,7 +82,7 @@ class Model(nn.Module):
             self._check_packing(attention)
         elif attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
-        static = {"rules": self.rules, "attention": attention}
+        static = {"dtype": self.dtype, "rules": self.rules, "attention": attention}
         static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return begin((B, T), attention_mask, cache, **static)
 
@@ -165,7 +165,9 @@ class CausalLM(Head):
         divided by num_items_in_batch [], by default how many labels count here."""
         if segment_ids is not None:
             attention_mask, labels = pack(segment_ids, attention_mask, labels)  # type: ignore[assignment]
-        out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions, **inputs)
+        out = self.run_base(
+            input_ids, attention_mask, position_ids, inputs_embeds, cache, output_hidden_states, output_attentions, **inputs
+        )
         x = out.last_hidden_state
         if labels is not None and loss_options is not None:
             loss = self._training_loss(x, labels, loss_options, num_items_in_batch)
