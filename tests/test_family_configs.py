@@ -7,8 +7,8 @@ from jaxmodels.auto import AutoConfig
 
 COMPUTED = {"rope_parameters", "layer_types", "no_rope_layers", "head_dim"}  # that one side fills in and the other works out
 FAMILIES = [
-    *("cohere", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo", "olmo2"),
-    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral", "nemotron"),
+    *("olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 ]
 
 
@@ -18,6 +18,8 @@ def test_defaults_are_hfs(model_type):
     mine, other = ours.to_dict(), theirs.to_dict()
     if model_type.startswith("qwen") and not ours.use_sliding_window:
         mine["sliding_window"] = None
+    if model_type == "nemotron":
+        assert other.pop("num_key_value_heads") is None  # as many as query heads
     shared = (mine.keys() & other.keys()) - COMPUTED
     assert len(shared) > 12
     assert {k: mine[k] for k in shared} == {k: other[k] for k in shared}

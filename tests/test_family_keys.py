@@ -17,10 +17,10 @@ TINY = {
     "head_dim": 8,
 }
 FAMILIES = [
-    *("cohere", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo", "olmo2"),
-    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral", "nemotron"),
+    *("olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 ]
-INV_FREQ = ("llama", "phi", "stablelm")  # families whose files of the time hold rope's frequencies
+INV_FREQ = ("llama", "nemotron", "persimmon", "phi", "stablelm")  # families whose files of the time hold rope's frequencies
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
