@@ -28,7 +28,7 @@ from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
 from jaxmodels.generation.stopping import StopStrings
-from jaxmodels.generation.strategies import build_strategy
+from jaxmodels.generation.strategies import build_strategy, check
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 
@@ -130,6 +130,7 @@ def generate(
     config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
+    check(config, streamer)
     ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
     traced = isinstance(ids, jax.core.Tracer)
     T = ids.shape[1]
