@@ -24,7 +24,6 @@ def build_strategy(
 ) -> Strategy:
     """The strategy of a filled GenerationConfig for at most `limit` new tokens, in room for `columns`. `eos_token_id` [E], -1 for none.
     The key is used where config.do_sample is set."""
-    check(config)
     pad, key = np.int32(pad_token_id), key if config.do_sample else None
     if config.num_beams > 1:
         return BeamSearch(
@@ -35,9 +34,11 @@ def build_strategy(
     return Sampling(processors, eos_token_id, pad, key, copies=config.num_return_sequences)
 
 
-def check(config: Any) -> None:
+def check(config: Any, streamer: Any = None) -> None:
     """Raise ValueError where a filled GenerationConfig's options cannot go together."""
     beams, returned = config.num_beams, config.num_return_sequences
+    if beams > 1 and streamer is not None:
+        raise ValueError(f"a streamer cannot follow num_beams={beams}: which beam is best is known at the end")
     if beams > 1 and returned > beams:
         raise ValueError(f"num_return_sequences={returned} exceeds num_beams={beams}: beam search returns at most as many as it has beams")
     if beams == 1 and returned > 1 and not config.do_sample:
