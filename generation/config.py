@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
 from jaxmodels.config import read_json
+from jaxmodels.generation.watermark import as_watermarking_config
 
 FILE_NAME = "generation_config.json"
 
@@ -28,12 +33,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
     "speculation_type": (None,),
-    "watermarking_config": (None,),
-    "token_healing": (None, False),
     "cache_implementation": (None, "dynamic", "static", "hybrid"),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
 }
+
+# What only sampling, and only beams, look at, and the values at which it does nothing.
+SAMPLING_ONLY = {
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+BEAMS_ONLY = {"early_stopping": False, "length_penalty": 1.0}
+TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 # value -> what it must be, where the option is set
 CHECKS: dict[str, tuple[Any, str]] = {
@@ -167,6 +175,8 @@ class GenerationConfig:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sequence_bias", _bias_pairs(self.sequence_bias))
+        object.__setattr__(self, "watermarking_config", as_watermarking_config(self.watermarking_config))
         for name in FIELDS:
             object.__setattr__(self, name, _freeze(getattr(self, name)))
         for name, (check, wanted) in CHECKS.items():
@@ -181,11 +191,14 @@ class GenerationConfig:
         return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
-        """From the contents of generation_config.json; unknown keys go to `extra`."""
-        values = {**values, **overrides}
+    def from_dict(cls, values: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """From the contents of generation_config.json; unknown keys go to `extra`. With return_unused_kwargs, (config, unused): the
+        overrides that are no options are handed back instead."""
+        unused = {k: v for k, v in overrides.items() if k not in FIELDS} if return_unused_kwargs else {}
+        values = {**values, **{k: v for k, v in overrides.items() if k not in unused}}
         known = {k: v for k, v in values.items() if k in FIELDS}
-        return cls(**known, extra={k: v for k, v in values.items() if k not in FIELDS})
+        config = cls(**known, extra={k: v for k, v in values.items() if k not in FIELDS})
+        return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of generation_config.json: what is set, and the unknown keys."""
@@ -194,23 +207,23 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: Any) -> Self:
         """What a model's config says about generation: its special tokens, and before them what its generation_config.json says."""
-        tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")}
         return cls.from_dict({**tokens, **config.generation_config})
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name: str | os.PathLike, config_file_name: str = FILE_NAME, *, subfolder: str = "", **kwargs: Any
-    ) -> Self:
-        """From a checkpoint directory or a hub id. `kwargs`: options that override the file's, and `revision`, `token`, `cache_dir`,
-        `local_files_only` for the hub. ValueError names a missing or unreadable file."""
-        overrides = {k: kwargs.pop(k) for k in list(kwargs) if k in FIELDS}
+    ) -> Any:
+        """From a checkpoint directory or a hub id. `kwargs`: options that override the file's, `return_unused_kwargs` (see from_dict), and
+        `revision`, `token`, `cache_dir`, `local_files_only` for the hub. ValueError names a missing or unreadable file."""
         from jaxmodels.convert.hub import resolve
 
-        path = resolve(pretrained_model_name, subfolder=subfolder or None, weights=False, **kwargs) / config_file_name
+        hub = {k: kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(resolve).parameters}
+        path = resolve(pretrained_model_name, subfolder=subfolder or None, weights=False, **hub) / config_file_name
         if not path.is_file():
             there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no .json file"
             raise ValueError(f"{path} does not exist; the directory holds {there}. generate takes the options directly, too")
-        return cls.from_dict(read_json(path), **overrides)
+        return cls.from_dict(read_json(path), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, config_file_name: str = FILE_NAME) -> Path:
         """Write the options that are set, as HF writes them; returns the file's path."""
@@ -233,7 +246,7 @@ class GenerationConfig:
 
     def filled(self, model_config: Any) -> Self:
         """With the checkpoint's options, then HF's defaults, in place of what is unset, lengths aside. ValueError names options that are
-        active and not supported."""
+        active and not supported, contradict each other or name tokens that the model does not have; a warning those without effect."""
         own = GenerationConfig.from_model_config(model_config)
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
         defaults |= {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0}
@@ -242,10 +255,25 @@ class GenerationConfig:
         if active:
             raise ValueError(
                 f"{', '.join(active)}: not supported yet. Supported are greedy decoding, beams with num_beams, and sampling, by "
-                "do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min_length, min_new_tokens, max_length, max_new_tokens and "
-                "num_return_sequences"
+                "do_sample, with every processor and stopping criterion of HF's"
             )
+        full._check_tokens(model_config.vocab_size)
+        idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and _differs(getattr(self, k), off)]
+        idle += [k for k, off in BEAMS_ONLY.items() if full.num_beams == 1 and _differs(getattr(self, k), off)]
+        if idle:
+            warnings.warn(f"{', '.join(idle)}: without effect as do_sample={full.do_sample}, num_beams={full.num_beams}", stacklevel=3)
         return full
+
+    def _check_tokens(self, vocab_size: int) -> None:
+        words = {"sequence_bias": [ids for ids, _ in self.sequence_bias or ()]} | {name: getattr(self, name) for name in TOKENS}
+        for name, ids in words.items():
+            largest = max(_flat(ids), default=0)
+            if largest >= vocab_size:
+                raise ValueError(f"{name} names token {largest}; the model's vocabulary has {vocab_size} (0..{vocab_size - 1})")
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = set(_flat(getattr(self, name)))
+            if forced and forced <= set(self.suppress_tokens or ()):
+                raise ValueError(f"suppress_tokens forbids every token of {name}, {sorted(forced)}: nothing could be generated there")
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
@@ -286,4 +314,23 @@ def _freeze(value: Any) -> Any:
 
 
 def _thaw(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+        return {k: _thaw(v) for k, v in value.items()}
     return [_thaw(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if value is not None:
+        yield from itertools.chain.from_iterable(map(_flat, value)) if isinstance(value, tuple | list) else (value,)
+
+
+def _differs(value: Any, off: Any) -> bool:
+    return value is not None and (isinstance(value, jax.core.Tracer) or value != off)
+
+
+def _bias_pairs(biases: Any) -> Any:
+    """HF's dictionary {(ids): bias} as its list [[[ids], bias], …], which a file can hold; the keys of a file it wrote are text."""
+    if not isinstance(biases, Mapping):
+        return biases
+    return [[list(ast.literal_eval(ids) if isinstance(ids, str) else ids), bias] for ids, bias in biases.items()]

@@ -114,7 +114,7 @@ def test_exponential_decay(shape, scale, seed, data):
 
 
 def test_remove_invalid_and_normalize():
-    logits, ids, _ = case((3, 50), 3.0, 0)
+    logits, *_ = case((3, 50), 3.0, 0)
     logits[0, :4] = [np.nan, np.inf, -np.inf, 3e38]
     np.testing.assert_array_equal(run(ours.RemoveInvalid(), logits), reference(hf.InfNanRemoveLogitsProcessor(), logits))
     logits[0, :4] = -np.inf
