@@ -298,7 +298,7 @@ class Cache(struct.PyTreeNode):
         are moved, in place, and nothing where the rows stay."""
         block = MOVED if self.slots % MOVED == 0 else self.slots
         stays = (rows == jnp.arange(len(rows))).all()
-        part = [i for i, state in enumerate(self.layers) if isinstance(state, KV)]
+        part = [i for i, state in enumerate(self.layers) if hasattr(state, "take_slots")]
         whole = [i for i in range(len(self.layers)) if i not in part]
         layers = list(self.layers)
 
