@@ -12,6 +12,7 @@ SHORT = {"AutoModel": "base", "AutoModelForCausalLM": "causal LM", "AutoModelFor
 SHORT |= {"AutoModelForTokenClassification": "token classification", "AutoModelForQuestionAnswering": "question answering"}
 SHORT |= {"AutoModelForMaskedLM": "masked LM", "AutoModelForPreTraining": "pretraining", "AutoModelForMultipleChoice": "multiple choice"}
 SHORT |= {"AutoModelForNextSentencePrediction": "next sentence"}
+SHORT |= {"AutoModelForSeq2SeqLM": "sequence-to-sequence LM", "AutoModelForTextEncoding": "encoder"}
 COLUMNS = ("logits", "torch float32 against float64, logits", "gradients", "bfloat16 error over torch's", "greedy tokens")
 
 

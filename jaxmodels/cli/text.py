@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxmodels.assets import TINY_PYTHON
-from jaxmodels.auto import AutoModelForCausalLM
+from jaxmodels.auto import AutoConfig, text_task
 from jaxmodels.cli.main import hub_options
 from jaxmodels.generation import TextStreamer
 from jaxmodels.generation import generate as run
@@ -24,7 +24,8 @@ from jaxmodels.processing import AutoTokenizer
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     path = args.model or TINY_PYTHON
     hub = hub_options(args)
-    model, params = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **hub)
+    task = text_task(AutoConfig.from_pretrained(path, **hub))
+    model, params = task.from_pretrained(path, dtype=args.dtype, **hub)
     hub.pop("variant", None)
     return model, params, AutoTokenizer.from_pretrained(path, **hub)
 
@@ -78,7 +79,7 @@ def generate(args: argparse.Namespace) -> None:
         for result in _batches(model, params, tokenizer, prompts, args.batch_size, options):
             total += result["tokens"]
             if sink is None:
-                print(result["prompt"] + result["text"], end="\n\n", flush=True)
+                print(("" if model.config.is_encoder_decoder else result["prompt"]) + result["text"], end="\n\n", flush=True)
             else:
                 print(json.dumps(result, ensure_ascii=False), file=sink, flush=True)
     print(_rate(total, time.perf_counter() - start), file=sys.stderr)
@@ -101,7 +102,8 @@ def _batches(model: Any, params: Any, tokenizer: Any, prompts: list[str], size: 
         encoded = tokenizer(batch, padding=len(batch) > 1, padding_side="left", return_tensors="np")
         options["key"], key = jax.random.split(options["key"])
         out = run(model, params, encoded.input_ids, encoded.attention_mask, **{**options, "key": key})
-        new = np.asarray(out.sequences)[:, encoded.input_ids.shape[1] :]
+        start = 1 if model.config.is_encoder_decoder else encoded.input_ids.shape[1]
+        new = np.asarray(out.sequences)[:, start:]
         for prompt, tokens, length in zip(batch, new, out.lengths):
             yield {"prompt": prompt, "text": tokenizer.decode(tokens[:length], skip_special_tokens=True), "tokens": int(length)}
 
