@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxmodels.cache import Cache, KVSpec, SlidingKVSpec
 from jaxmodels.layers import Linear, Packed, Step, begin
 from jaxmodels.ops.attention import resolve_attention
-from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss, classification_loss, cross_entropy, span_loss, summed_loss
+from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss, classification_loss, cross_entropy, row_losses, span_loss, summed_loss
 from jaxmodels.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -161,8 +161,9 @@ class CausalLM(Head):
         inputs: what else the base model takes, such as token_type_ids.
 
         segment_ids [B,T], instead of attention_mask: several documents in a row, 0 for padding and a number for each document; the first
-        token of a document is nobody's label. loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the loss is then the sum over labels
-        divided by num_items_in_batch [], by default how many labels count here."""
+        token of a document is nobody's label. loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the
+        loss is then the sum over labels divided by num_items_in_batch [], by default how many labels count here, or with
+        by_row a sum for every row, [B]."""
         if segment_ids is not None:
             attention_mask, labels = pack(segment_ids, attention_mask, labels)  # type: ignore[assignment]
         out = self.run_base(
@@ -186,6 +187,8 @@ class CausalLM(Head):
             return logits if self.rules is None else self.rules.constrain(logits, ("batch", None, "act_vocab"))
 
         labels = labels[:, 1:]
+        if options.by_row:
+            return row_losses(head, x[:, :-1], labels, options)
         total = summed_loss(head, x[:, :-1], labels, options)
         return total / (jnp.sum(labels != IGNORE) if num_items is None else num_items)
 

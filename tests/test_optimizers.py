@@ -222,9 +222,9 @@ def test_equals_torch_at_every_step(case):
     found = ours(name, **options)
     # a centered variance is a difference of nearly equal numbers, and singular vectors move with those of nearly equal values
     assert_same(found, wanted, 1e-4 if "galore" in case or "centered" in case else 1e-5)
-    for found, expected in zip(ours(name, scanned=True, **options), found):
+    for scanned, expected in zip(ours(name, scanned=True, **options), found):
         for key, value in stacked(expected).items():
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=2e-6, err_msg=key)
+            np.testing.assert_allclose(scanned[key], value, rtol=1e-4, atol=2e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_sgd"])

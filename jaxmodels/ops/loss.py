@@ -31,11 +31,13 @@ class LossOptions:
     """What training may ask of a language model's loss.
 
     label_smoothing: the share of the mean of -log softmax over the whole vocabulary, as in HF's LabelSmoother. z_loss: this times
-    logsumexp² is added (arXiv:2204.02311 §5). chunk: tokens of each row whose logits exist at one time, None for all of them."""
+    logsumexp² is added (arXiv:2204.02311 §5). chunk: tokens of each row whose logits exist at one time, None for all of them.
+    by_row: the loss is a sum for every row, [B]."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk: int | None = None
+    by_row: bool = False
 
 
 def token_losses(logits: jax.Array, labels: jax.Array, options: LossOptions = LossOptions()) -> jax.Array:
@@ -52,18 +54,32 @@ def token_losses(logits: jax.Array, labels: jax.Array, options: LossOptions = Lo
     return jnp.where(real, losses, 0)
 
 
+def row_losses(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: jax.Array, options: LossOptions) -> jax.Array:
+    """As `summed_loss`, but a sum for every row, [B]. In chunks the logits are computed again for the gradient, since what weighs a row
+    is not known sooner."""
+    piece = lambda x, labels: jnp.sum(token_losses(head(x), labels, options), 1)
+    if options.chunk is None or options.chunk >= x.shape[1]:
+        return piece(x, labels)
+    body = jax.checkpoint(lambda sums, xs: (sums + piece(*xs), None), prevent_cse=False)
+    return lax.scan(body, jnp.zeros(len(x), jnp.float32), _pieces(x, labels, options.chunk))[0]
+
+
+def _pieces(x: jax.Array, labels: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """[B,T,D] and [B,T] as [pieces,B,chunk,D] and [pieces,B,chunk], padded with labels that do not count."""
+    (B, T), pieces = labels.shape, -(-labels.shape[1] // chunk)
+    pad = pieces * chunk - T
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, pieces, chunk, -1).swapaxes(0, 1)
+    return x, jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, pieces, chunk).swapaxes(0, 1)
+
+
 def summed_loss(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: jax.Array, options: LossOptions) -> jax.Array:
     """The sum [] of `token_losses` of head(x [B,T,D]) -> [B,T,V] against labels [B,T].
 
     With options.chunk the logits of so many tokens a row exist at a time, forward and backward: where a gradient is wanted the forward
     loop makes it at once, so no logits are computed twice."""
-    B, T, D = x.shape
-    if options.chunk is None or options.chunk >= T:
+    if options.chunk is None or options.chunk >= x.shape[1]:
         return jnp.sum(token_losses(head(x), labels, options))
-    pieces = -(-T // options.chunk)
-    pad = pieces * options.chunk - T
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, pieces, -1, D).swapaxes(0, 1)
-    labels = jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, pieces, -1).swapaxes(0, 1)
+    x, labels = _pieces(x, labels, options.chunk)
     head, weights = jax.closure_convert(head, x[0])
     piece = lambda x, labels, weights: jnp.sum(token_losses(head(x, *weights), labels, options))
 
