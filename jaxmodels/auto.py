@@ -39,6 +39,7 @@ FAMILIES: dict[str, str | Family] = {
     "gptj": "jaxmodels.models.gptj",
     "granite": "jaxmodels.models.granite",
     "llama": "jaxmodels.models.llama",
+    "mamba": "jaxmodels.models.mamba",
     "mistral": "jaxmodels.models.mistral",
     "mixtral": "jaxmodels.models.mixtral",
     "mpt": "jaxmodels.models.mpt",
