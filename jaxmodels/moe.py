@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.cache import Cache
 from jaxmodels.convert.rules import StackExperts
-from jaxmodels.layers import Step, activation, parameter
-from jaxmodels.model import CausalLM
-from jaxmodels.ops.loss import causal_lm_loss
-from jaxmodels.ops.moe import gated_mlp, load_balancing_loss, mix_experts
+from jaxmodels.layers import Linear, Packed, Step, activation, parameter
+from jaxmodels.model import CausalLM, pack
+from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss
+from jaxmodels.ops.moe import gated_mlp, load_balancing_loss, mix_experts, softmax_top_k
 from jaxmodels.outputs import MoeCausalLMOutput
 
 
@@ -50,6 +51,16 @@ class Experts(nn.Module):
         return mix_experts(partial(gated_mlp, activation(self.hidden_act)), params, x, weights, chosen, self.implementation, step.rules)
 
 
+def softmax_mixture(x: jax.Array, step: Step, config: Any, num: int, features: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+    """Inside a module: its parts `gate`, a linear router whose probabilities over all `num` experts choose and weight, and `experts`,
+    `features` wide. Returns the mixture [B,T,D] and the router's logits [B,T,E]."""
+    c = config
+    logits = Linear(num, (None, "embed"), init_std=c.initializer_range, name="gate")(x)
+    weights, chosen = softmax_top_k(logits, c.num_experts_per_tok, normalize)
+    experts = Experts(num, features, c.hidden_act, c.initializer_range, c.experts_implementation, name="experts")
+    return experts(x, weights, chosen, step), logits
+
+
 def stacked(experts: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[StackExperts, ...]:
     """The rules for files that keep one linear per expert under `experts`, a pattern such as `**.mlp.experts`."""
     names = ((gate, "gate_proj"), (up, "up_proj"), (down, "down_proj"))
@@ -71,9 +82,15 @@ class MoeCausalLM(CausalLM):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         output_router_logits: bool | None = None,
+        segment_ids: jax.Array | None = None,
+        loss_options: LossOptions | None = None,
+        num_items_in_batch: jax.Array | None = None,
     ) -> MoeCausalLMOutput:
-        """output_router_logits: None for the config's; the other arguments as of CausalLM."""
+        """output_router_logits: None for the config's; the other arguments as of CausalLM. Of a batch cut into parts, the router's loss of
+        each part counts as its labels do; a loss by row is without it."""
         c = self.config
+        if segment_ids is not None:
+            attention_mask, labels = pack(segment_ids, attention_mask, labels)  # type: ignore[assignment]
         out: Any = self.run_base(
             input_ids,
             attention_mask,
@@ -85,13 +102,20 @@ class MoeCausalLM(CausalLM):
             output_router_logits=output_router_logits,
         )
         x = out.last_hidden_state
-        logits = self.head(x[:, -logits_to_keep:])
-        if self.rules is not None:
-            logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
-        loss = None if labels is None else causal_lm_loss(logits, labels)
-        aux_loss = None
+        logits = loss = aux_loss = None
+        if labels is not None and loss_options is not None:
+            loss = self._training_loss(x, labels, loss_options, num_items_in_batch)
+        else:
+            logits = self.head(x[:, -logits_to_keep:])
+            if self.rules is not None:
+                logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
+            loss = None if labels is None else causal_lm_loss(logits, labels)
         if out.router_logits:
-            real = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+            packed = isinstance(attention_mask, Packed)
+            mask = attention_mask.segment_ids > 0 if packed else attention_mask  # type: ignore[union-attr]
+            real = None if mask is None else mask[:, -x.shape[1] :]
             aux_loss = load_balancing_loss(out.router_logits, c.num_experts_per_tok, real)
-            loss = None if loss is None else loss + c.router_aux_loss_coef * aux_loss
+            if loss is not None and loss.ndim == 0:
+                share = 1 if num_items_in_batch is None else jnp.sum(labels[:, 1:] != IGNORE) / num_items_in_batch  # type: ignore[index]
+                loss = loss + c.router_aux_loss_coef * share * aux_loss
         return MoeCausalLMOutput(loss, aux_loss, logits, out.cache, out.hidden_states, out.attentions, out.router_logits)
