@@ -116,17 +116,21 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array 
     return jnp.asarray(((1 - smooth) * plain / rope.factor + smooth * plain).astype(np.float32)), 1.0
 
 
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What yarn multiplies queries and keys by where the context grows by `factor` (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
 def _yarn(rope: RopeParameters, R: int, powers: np.ndarray) -> tuple[jax.Array, float]:
     original = rope.original_max_position_embeddings
     assert original is not None
     factor = rope.factor or (rope.max_position_embeddings or original) / original
 
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     scale = rope.attention_factor
-    if scale is None:
-        scale = magnitude(rope.mscale) / magnitude(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else magnitude(1.0)
+    if scale is None and rope.mscale and rope.mscale_all_dim:
+        scale = yarn_magnitude(factor, rope.mscale) / yarn_magnitude(factor, rope.mscale_all_dim)
+    elif scale is None:
+        scale = yarn_magnitude(factor)
 
     def dim_of(rotations: float) -> float:  # the dimension that turns `rotations` times over the original length
         return R * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
