@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,15 @@ class RoutedExperts:
 
 
 class Experts(nn.Module):
-    """`num` gated MLPs, `features` wide inside, as gate_proj and up_proj [E,F,D] and down_proj [E,D,F]."""
+    """`num` gated MLPs, `features` wide inside, as gate_proj and up_proj [E,F,D] and down_proj [E,D,F]. scale_input: the router's weights
+    multiply what they read, not what they give."""
 
     num: int
     features: int
     hidden_act: str
     init_std: float = 0.02
     implementation: str | None = None
+    scale_input: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array, step: Step) -> jax.Array:
@@ -48,7 +50,8 @@ class Experts(nn.Module):
         wide: Any = {"axes": ("experts", "mlp", "embed"), "shape": (E, F, D)}
         params = {"gate_proj": make("gate_proj", **wide), "up_proj": make("up_proj", **wide)}
         params["down_proj"] = make("down_proj", axes=("experts", "embed", "mlp"), shape=(E, D, F))
-        return mix_experts(partial(gated_mlp, activation(self.hidden_act)), params, x, weights, chosen, self.implementation, step.rules)
+        mlp = partial(gated_mlp, activation(self.hidden_act))
+        return mix_experts(mlp, params, x, weights, chosen, self.implementation, step.rules, self.scale_input)
 
 
 def softmax_mixture(x: jax.Array, step: Step, config: Any, num: int, features: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +72,8 @@ def stacked(experts: str, gate: str = "gate_proj", up: str = "up_proj", down: st
 
 class MoeCausalLM(CausalLM):
     """A CausalLM whose base model gives router logits: with output_router_logits the loss includes the router's."""
+
+    router_loss: ClassVar[bool] = True  # where False, HF's loss has none
 
     def __call__(  # type: ignore[override]
         self,
@@ -110,7 +115,7 @@ class MoeCausalLM(CausalLM):
             if self.rules is not None:
                 logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
             loss = None if labels is None else causal_lm_loss(logits, labels)
-        if out.router_logits:
+        if out.router_logits and self.router_loss:
             packed = isinstance(attention_mask, Packed)
             mask = attention_mask.segment_ids > 0 if packed else attention_mask  # type: ignore[union-attr]
             real = None if mask is None else mask[:, -x.shape[1] :]

@@ -4,7 +4,7 @@ The cache holds what all heads share, [rotated key | latent], R + C numbers per 
 values would be 40960). Where few queries meet many keys, as in decoding, nothing is expanded: kv_b_proj's key half is moved to the
 queries, its value half to the result, and the latent is both key and value.
 
-Axis letters: B batch, T tokens, S keys, D hidden, N heads, R turned and P plain part of a key, V value, C latent, E experts, k per token."""
+Axis letters: B batch, T tokens, S keys, D hidden, N heads, R turned and P plain part of a key, V value, C latent, E experts, k a token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,6 @@ class DeepseekV2Config(RoutedExperts, DecoderConfig):
     n_group: int | None = None
     topk_group: int | None = None
     norm_topk_prob: bool | None = False  # not read: HF does not
-    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim", self.qk_rope_head_dim)
@@ -188,6 +187,7 @@ class DeepseekV2Model(MixtralModel):
 
 class DeepseekV2ForCausalLM(MoeCausalLM):
     base = DeepseekV2Model
+    router_loss = False
 
 
 class DeepseekV2ForSequenceClassification(SequenceClassification):

@@ -87,6 +87,7 @@ class DeepseekV3Model(DeepseekV2Model):
 
 class DeepseekV3ForCausalLM(MoeCausalLM):
     base = DeepseekV3Model
+    router_loss = False
     float32_params = DeepseekV3Model.float32_params
 
 
