@@ -13,6 +13,7 @@ from typing import Any
 
 _RULES = "Alias Detachable Ignore Op Rename Split Stack StackExperts Tie Transpose forward inverse members stack stacks unstack"
 _PUBLIC = {
+    "dequantize": ("BlockScales", "Mxfp4", "dequantization", "dequantized"),
     "errors": ("CheckpointError",),
     "files": ("read_checkpoint", "read_file", "replacing", "write_checkpoint", "write_file"),
     "hub": ("resolve",),
