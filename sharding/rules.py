@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
 _ACTIVATIONS: Table = (
     ("batch", ("data", "fsdp", "expert")),
@@ -37,22 +40,42 @@ PRESETS: dict[str, Table] = {
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh of named sizes over `devices` (default: all), e.g. make_mesh(fsdp=4, tensor=-1); -1 takes what is left."""
+    """A mesh of named sizes over `devices` (default: all), e.g. make_mesh(fsdp=4, tensor=-1); -1 takes what is left.
+
+    Devices of several TPU slices are laid out so that the first axis (data or fsdp, by habit) crosses the slower network between
+    slices and every other axis stays inside one. ValueError when the sizes do not fit."""
     devices = jax.devices() if devices is None else list(devices)
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or len(devices) % known or (not free and known != len(devices)):
+    if len(free) > 1 or known < 1 or len(devices) % known or (not free and known != len(devices)):
         raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, at most one may be -1")
     sizes |= dict.fromkeys(free, len(devices) // known)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise ValueError(f"mesh {sizes}: its first axis crosses the {slices} slices and must be a multiple of that number")
+    else:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A mesh and a table from logical axes to mesh axes; mesh axes that the mesh lacks do not count. Hashable, so static under jit."""
+    """A mesh and a table from logical axes to mesh axes; of the usual mesh axes, those that the mesh lacks do not count. Hashable, so
+    static under jit. ValueError for a mesh axis that is neither usual nor the mesh's."""
 
     mesh: Mesh | AbstractMesh
     table: Table
+
+    def __post_init__(self) -> None:
+        unknown = {m for _, wanted in self.table for m in wanted} - {*MESH_AXES, *self.mesh.shape}
+        if unknown:
+            raise ValueError(
+                f"the rules name mesh axes {sorted(unknown)}; the mesh has {list(self.mesh.shape)}, usual are {', '.join(MESH_AXES)}"
+            )
 
     @classmethod
     def preset(cls, name: str, mesh: Mesh | AbstractMesh) -> Rules:

@@ -14,8 +14,8 @@ import ml_dtypes  # noqa: F401  # makes np.dtype("bfloat16") a name
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from jaxmodels.auto import AutoModelForCausalLM, conversion_of, find_family, json_files, main_dtype, read_config
-from jaxmodels.cli.main import hub_options
+from jaxmodels.auto import conversion_of, find_family, json_files, main_dtype, read_config, text_task
+from jaxmodels.cli.main import hub_options, mesh_sizes
 from jaxmodels.convert.dequantize import dequantized
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.hub import TEXT_FILES, resolve
@@ -36,10 +36,10 @@ def human(size: float) -> str:
 
 
 def _class(config: Any) -> Any:
-    """The class that wrote a checkpoint, by its `architectures`; the causal model where that names none of ours."""
+    """The class that wrote a checkpoint, by its `architectures`; the one that generates text where that names none of ours."""
     classes = {cls.__name__: cls for cls in find_family(config.model_type).classes.values()}
     named = [classes[name] for name in config.extra.get("architectures") or () if name in classes]
-    return named[0] if named else AutoModelForCausalLM.class_for(config)
+    return named[0] if named else text_task(config).class_for(config)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -49,12 +49,13 @@ def convert(args: argparse.Namespace) -> None:
     hub = hub_options(args)
     directory = Path(args.source) if is_orbax(args.source) else resolve(args.source, **hub)
     config = read_config(directory)
+    if not is_orbax(directory):
+        source = dequantized(read_checkpoint(directory, variant=hub.get("variant")), config)
+        config = config.matched(source)
     model = _class(config)(config, scan_layers=args.scan)
     rules, prefix = conversion_of(model)
     if is_orbax(directory):
         source = unload(restore_orbax(directory)[0], rules=rules, base_prefix=prefix)
-    else:
-        source = dequantized(read_checkpoint(directory, variant=hub.get("variant")), config)
     expected = flatten(abstract_params(model, main_dtype(source) if args.dtype == "auto" else args.dtype))
     if args.format == "orbax":
         params, _ = load(source, expected, rules=rules, base_prefix=prefix, keep_dtypes=args.dtype == "auto", where=str(directory))
@@ -77,6 +78,7 @@ def info(args: argparse.Namespace) -> None:
     config = read_config(directory)
     rules = _rules(args.mesh, args.rules) if args.mesh else None
     tensors = read_checkpoint(directory, variant=hub.get("variant"))
+    config = config.matched(tensors)
     sizes, numbers = Counter[str](), Counter[str]()
     for tensor in tensors.values():
         sizes[str(tensor.dtype)] += tensor.nbytes
@@ -97,10 +99,7 @@ def info(args: argparse.Namespace) -> None:
 
 def _rules(mesh: str, preset: str) -> Rules:
     """The preset over a mesh of the named sizes, whose devices need not exist."""
-    try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in mesh.split(","))}
-    except ValueError:
-        raise ValueError(f"--mesh {mesh!r}: expected sizes such as fsdp=4,tensor=2") from None
+    sizes = mesh_sizes(mesh)
     return Rules.preset(preset, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
 

@@ -24,6 +24,14 @@ def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def mesh_sizes(text: str) -> dict[str, int]:
+    """--mesh fsdp=4,tensor=2 as {name: size}."""
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--mesh {text!r}: expected sizes such as fsdp=4,tensor=2") from None
+
+
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint directory or hub id; default: the tiny Python model that ships")
     parser.add_argument("--dtype", default="auto", help="parameter and compute dtype: auto (as stored), float32, bfloat16, float16")
@@ -78,6 +86,23 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--mesh", help="e.g. fsdp=4,tensor=2: sizes of a mesh that need not exist here")
     info.add_argument("--rules", default="fsdp+tensor", help="sharding preset for --mesh (default %(default)s)")
     _hub(info)
+
+    plan = command(
+        "plan",
+        "plan:run",
+        "Compile a job for a TPU slice that is not here: memory, collectives, roofline. Exit status 1 if it does not fit.",
+    )
+    plan.add_argument("path", metavar="PATH_OR_CONFIG", help="checkpoint directory, hub id, or a config.json; no weights are read")
+    plan.add_argument("--topology", required=True, help="e.g. v5e:16x16, v5p:4x4x4, v6e:8x8")
+    plan.add_argument("--job", required=True, choices=("train", "prefill", "decode"))
+    plan.add_argument("--mesh", help="e.g. fsdp=64,tensor=4; -1 takes what is left")
+    plan.add_argument("--rules", help="sharding preset; default: the one that the mesh's axes ask for")
+    plan.add_argument("--batch", type=int, required=True, help="rows")
+    plan.add_argument("--length", type=int, required=True, help="tokens a row; decode: slots of the cache")
+    plan.add_argument("--remat", default="full", help="train: a jax.checkpoint policy, or none (default %(default)s)")
+    plan.add_argument("--dtype", default="bfloat16", help="compute dtype; serving: of the parameters too")
+    plan.add_argument("--sweep", action="store_true", help="try meshes and remat policies and rank them")
+    _hub(plan)
 
     command("families", "families:families", "The families, their heads and their parity with torch as the tests recorded it.")
 

@@ -1,0 +1,317 @@
+"""What a job would need on a TPU slice that is not here: the real program, compiled for the real topology by libtpu on any machine.
+
+    report = plan(config, topology="v5e:16x16", mesh={"fsdp": 64, "tensor": 4}, job="train", batch=256, length=2048)
+
+Needs the extra `tpu` (libtpu); no weights are read and nothing runs. Time is a roofline of our own: XLA's estimate counts a loop's
+body once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.cache import cache_shardings, init_cache
+from jaxmodels.ops.attention import IMPLEMENTATIONS
+from jaxmodels.params import abstract_params, count_params
+from jaxmodels.sharding.flops import count_flops
+from jaxmodels.sharding.hlo import Program, analyse
+from jaxmodels.sharding.rules import Rules, make_mesh
+
+JOBS = ("train", "prefill", "decode")
+LIBTPU = (
+    "TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_LOG_DIR=disabled ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Public peaks of one JAX device (docs.cloud.google.com/tpu/docs). flops: bfloat16 a second; hbm: bytes; bandwidth: of HBM, bytes a
+    second; link: bytes a second around one axis of the torus, both ways."""
+
+    name: str
+    flops: float
+    hbm: float
+    bandwidth: float
+    link: float
+
+
+GiB = 2**30
+CHIPS = {  # by jax.Device.device_kind; a v4 or tpu7x chip is two devices
+    "TPU v4": Chip("half a v4", 137.5e12, 16 * GiB, 614e9, 50e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GiB, 819e9, 100e9),
+    "TPU v5": Chip("v5p", 459e12, 95 * GiB, 2765e9, 200e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GiB, 1638e9, 200e9),
+    "TPU7x": Chip("half a tpu7x", 1153.5e12, 96 * GiB, 3690e9, 100e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one compiled program needs of a chip. Bytes are per chip; `flops` of the whole job, recomputation included; seconds are
+    lower bounds, and `seconds` the largest of the three, as if all overlapped."""
+
+    job: str
+    topology: str
+    mesh: Mapping[str, int]
+    remat: str | None
+    chip: Chip
+    batch: int
+    length: int
+    parameters: int
+    arguments: int
+    temporaries: int
+    outputs: int  # beyond the arguments' own buffers
+    code: int
+    flops: float
+    useful_flops: float
+    program: Program | None
+    refused: str = ""  # the compiler's words where it found no room
+
+    @property
+    def chips(self) -> int:
+        total = 1
+        for size in self.mesh.values():
+            total *= size
+        return total
+
+    @property
+    def needed(self) -> int:
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+    @property
+    def fits(self) -> bool:
+        return not self.refused and self.needed <= self.chip.hbm
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.flops / self.chips / self.chip.flops
+
+    @property
+    def memory_seconds(self) -> float:
+        return self.program.traffic / self.chip.bandwidth if self.program else 0.0
+
+    @property
+    def collective_seconds(self) -> float:
+        return sum(seconds for _, _, _, seconds in self.collectives()) if self.program else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds, self.collective_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch * (1 if self.job == "decode" else self.length) / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Useful FLOPs, those of a forward (and backward) pass without recomputation, over what the chips could do in `seconds`."""
+        return self.useful_flops / self.chips / self.chip.flops / self.seconds
+
+    def collectives(self) -> list[tuple[str, int, int, float]]:
+        """(kind over how many devices, how often, bytes, seconds), of rings around one axis of the torus."""
+        table: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0])
+        for c in self.program.collectives if self.program else ():
+            # bytes that cross a link, of a device's share: twice around for an all-reduce, half a ring on average for an all-to-all
+            factor = {"all-reduce": 2.0, "all-to-all": c.group / 4, "collective-permute": 2.0}.get(c.kind, 1.0)
+            line = table[f"{c.kind} over {c.group}"]
+            line[0] += c.count
+            line[1] += c.count * c.bytes
+            line[2] += c.count * factor * c.bytes * (1 if c.kind == "collective-permute" else (c.group - 1) / c.group) / self.chip.link
+        return sorted(((k, int(n), int(b), s) for k, (n, b, s) in table.items()), key=lambda row: -row[3])
+
+    def __str__(self) -> str:
+        gb = lambda n: f"{n / 1e9:.2f} GB"
+        mesh = ",".join(f"{k}={v}" for k, v in self.mesh.items())
+        lines = [
+            f"{self.job} of {self.batch} × {self.length} tokens on {self.topology} ({self.chips} × {self.chip.name}), mesh {mesh}"
+            + (f", remat {self.remat}" if self.job == "train" else ""),
+            f"parameters   {self.parameters:,}",
+        ]
+        if self.refused:
+            return "\n".join([*lines, f"does NOT fit: {self.refused}"])
+        lines += [
+            f"memory       {gb(self.needed)} of {gb(self.chip.hbm)} a chip: {'fits' if self.fits else 'does NOT fit'}",
+            f"             arguments {gb(self.arguments)}, temporaries {gb(self.temporaries)}, outputs {gb(self.outputs)}, "
+            f"code {gb(self.code)}",
+            f"work         {self.flops / 1e12:,.1f} TFLOP in all, {gb(self.program.traffic)} to and from memory a chip",  # type: ignore[union-attr]
+            f"at least     {1e3 * self.compute_seconds:.2f} ms computing, {1e3 * self.memory_seconds:.2f} ms of memory, "
+            f"{1e3 * self.collective_seconds:.2f} ms of collectives",
+            f"roofline     {1e3 * self.seconds:.2f} ms a step, {self.tokens_per_second:,.0f} tokens/s"
+            + (f", MFU {100 * self.mfu:.1f} %" if self.job != "decode" else ""),
+            "collectives  of one step and chip",
+        ]
+        lines += [f"  {kind:<28}{n:>6} × {gb(b):>12} in all {1e3 * s:>10.2f} ms" for kind, n, b, s in self.collectives()]
+        lines += ["largest buffers"]
+        lines += [f"  {gb(n):>10}  {source}" for n, source in self.program.buffers]  # type: ignore[union-attr]
+        return "\n".join(lines)
+
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+    """The devices of a TPU topology such as v5e:16x16 or v5p:4x4x4, described by libtpu. ValueError when it is missing or refuses."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("compiling for TPU needs libtpu: pip install 'jaxmodels[tpu]'")
+    for setting in LIBTPU.split():
+        os.environ.setdefault(*setting.split("="))
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # the runtime's own type, undocumented
+        raise ValueError(
+            f"topology {name!r}: {str(error).splitlines()[0]}; known forms are v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1"
+        ) from error
+
+
+def plan(
+    config: Any,
+    *,
+    topology: str,
+    mesh: Mapping[str, int],
+    job: str,
+    batch: int,
+    length: int,
+    rules: str | None = None,
+    remat: str | None = "full",
+    dtype: Any = jnp.bfloat16,
+    scan_layers: bool = True,
+) -> Plan:
+    """Compile `job` of the config's causal model for the topology and read what it needs.
+
+    train: one AdamW step on [batch, length] tokens, float32 master parameters, compute in `dtype`; prefill: a prompt [batch, length] into
+    a cache; decode: one token a row with a cache of `length` slots. rules: a preset; default the one that the mesh's axes ask for.
+    ValueError for bad arguments; a program for which the compiler finds no room is a Plan that says so."""
+    from jaxmodels.auto import AutoModelForCausalLM
+
+    if job not in JOBS:
+        raise ValueError(f"job {job!r} is none of {', '.join(JOBS)}")
+    devices = topology_devices(topology)
+    kind = devices[0].device_kind
+    if kind not in CHIPS:
+        raise ValueError(f"no peaks are known for {kind!r}; known are {', '.join(CHIPS)}")
+    laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh))
+    attention = "splash" if job != "decode" and kernel_suffices(config) else None
+    cls = AutoModelForCausalLM.class_for(config)
+    model = cls(
+        config, dtype=dtype, scan_layers=scan_layers, remat=remat if job == "train" else None, rules=laid, attn_implementation=attention
+    )
+    jitted, arguments = PROGRAMS[job](model, batch, length)
+    plain = PROGRAMS[job](dataclasses.replace(model, remat=None), batch, length)[0]
+    flops, useful = count_flops(jitted, *arguments), count_flops(plain, *arguments)
+    shape = {
+        "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
+        "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
+    }  # fmt: skip
+    try:
+        compiled = jitted.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(**shape, arguments=0, temporaries=0, outputs=0, code=0, program=None, refused=_short(str(error)))
+    m = compiled.memory_analysis()
+    return Plan(
+        **shape,
+        arguments=m.argument_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        outputs=m.output_size_in_bytes - m.alias_size_in_bytes,
+        code=m.generated_code_size_in_bytes,
+        program=analyse(compiled.as_text(), len(devices)),
+    )
+
+
+def preset_for(mesh: Mapping[str, int]) -> str:
+    """The preset that puts every axis of a mesh to use."""
+    for axis, preset in (("expert", "expert"), ("sequence", "sequence")):
+        if axis in mesh:
+            return preset
+    return "fsdp+tensor" if "tensor" in mesh else "fsdp"
+
+
+def kernel_suffices(config: Any) -> bool:
+    """Whether the flash kernel can do every layer of the family: plain causal attention with heads that say their size."""
+    from jaxmodels.cache import KVSpec
+
+    plain = all(isinstance(config.layer_spec(kind), KVSpec) for kind in config.layer_kinds)
+    return plain and "splash" in IMPLEMENTATIONS
+
+
+def sweep(
+    config: Any, *, topology: str, job: str, remats: Sequence[str | None] = ("full", "dots_with_no_batch_dims_saveable"), **options: Any
+) -> Iterator[Plan]:
+    """A plan for every mesh of powers of two over fsdp (decode: data) and tensor and, to train, every remat policy; `rank` orders them."""
+    chips = len(topology_devices(topology))
+    first = "data" if job == "decode" else "fsdp"
+    tensor = 1
+    while tensor <= min(chips, 16):
+        mesh = {first: chips // tensor, "tensor": tensor}
+        for remat in remats if job == "train" else (None,):
+            yield plan(config, topology=topology, mesh=mesh, job=job, remat=remat, **options)
+        tensor *= 2
+
+
+def rank(plans: Sequence[Plan]) -> list[Plan]:
+    """Those that fit, the fastest first, then the others by what they need."""
+    return sorted(plans, key=lambda p: (not p.fits, p.seconds if p.fits else p.needed))
+
+
+def _short(message: str) -> str:
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"{used[1]} of {used[2]} HBM" if used else message.splitlines()[0][:200]
+
+
+def _train(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
+    import optax
+
+    from jaxmodels.training import TrainState, make_train_step
+    from jaxmodels.training.trainable import placement
+
+    optimizer, params, tokens = optax.adamw(1e-4), abstract_params(model), _tokens(model, batch, length)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))  # type: ignore[arg-type]
+    return make_train_step(model, optimizer), (_placed(state, placement(model, state)), {"input_ids": tokens, "labels": tokens})
+
+
+def _tokens(model: Any, batch: int, columns: int) -> jax.ShapeDtypeStruct:
+    shape = (batch, columns)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=model.rules.sharding(("batch", "seq"), shape))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+
+
+def _prefill(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
+    def prefill(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, Any]:
+        out = model.apply(
+            {"params": params}, input_ids, attention_mask=attention_mask, cache=init_cache(model, batch, length), logits_to_keep=1
+        )
+        return out.logits[:, -1].argmax(-1), out.cache
+
+    tokens = _tokens(model, batch, length)
+    return jax.jit(prefill), (abstract_params(model, model.dtype), tokens, tokens)
+
+
+def _decode(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
+    """The greedy loop, of as many steps as it is told: one step counts."""
+
+    def decode(params: Any, input_ids: jax.Array, cache: Any, limit: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+        def step(carry: tuple) -> tuple:
+            token, cache, n = carry
+            out = model.apply({"params": params}, token, cache=cache)
+            return out.logits[:, -1:].argmax(-1).astype(jnp.int32), out.cache, n + 1
+
+        return jax.lax.while_loop(lambda carry: carry[2] < limit, step, (input_ids, cache, jnp.int32(0)))
+
+    cache = jax.eval_shape(lambda: init_cache(model, batch, length)).replace(fresh=False)
+    placed = _placed(cache, cache_shardings(cache, model.rules))
+    arguments = (abstract_params(model, model.dtype), _tokens(model, batch, 1), placed, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.jit(decode, donate_argnums=2), arguments
+
+
+PROGRAMS = {"train": _train, "prefill": _prefill, "decode": _decode}

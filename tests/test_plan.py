@@ -1,0 +1,166 @@
+"""Plans for TPU slices that are not here, and what reads the compiled programs."""
+
+import importlib.util
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmodels.cli.main import main
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.sharding import make_mesh
+from jaxmodels.sharding.flops import count_flops
+from jaxmodels.sharding.hlo import analyse, size
+from jaxmodels.sharding.plan import plan, preset_for, rank
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, with which a CPU machine compiles for TPU"
+)
+
+TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64}
+LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0, "tie_word_embeddings": False}
+LLAMA_8B = LlamaConfig.from_dict(
+    LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+)
+LLAMA_70B = LlamaConfig.from_dict(
+    LLAMA_3 | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+)
+
+
+def kinds(program, least=0):
+    """{(kind, devices): how often} of the collectives of at least so many bytes."""
+    found = {}
+    for c in program.collectives:
+        if c.bytes >= least:
+            found[c.kind, c.group] = found.get((c.kind, c.group), 0) + c.count
+    return found
+
+
+def test_collectives_count_as_often_as_their_loops_run():
+    mesh = make_mesh(jax.devices()[:4], tensor=4)
+    split = NamedSharding(mesh, P(None, "tensor"))
+
+    def program(x, w):  # [8,64] by five [64,64] whose contracted axis is split: one all-reduce of [8,64] each
+        return lax.scan(lambda x, w: (lax.with_sharding_constraint(x, split) @ w, None), x, w)[0]
+
+    rows = NamedSharding(mesh, P(None, "tensor", None))
+    shapes = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=split), jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=rows)
+    found = analyse(jax.jit(program, out_shardings=NamedSharding(mesh, P())).lower(*shapes).compile().as_text(), 4)
+    assert sum(kinds(found).get((kind, 4), 0) for kind in ("all-reduce", "reduce-scatter")) == 5
+    assert found.unknown_loops == 0
+
+
+def test_traffic_of_slices_and_of_unknown_loops():
+    """A loop that reads one of 100 slices a turn moves a slice a turn, and a loop that ends by its data is told apart."""
+    stack = jax.ShapeDtypeStruct((100, 256, 256), jnp.float32)
+    vector = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    text = jax.jit(lambda x, w: lax.scan(lambda x, w: (jnp.sin(x) + w, None), x, w)[0]).lower(vector, stack).compile().as_text()
+    found = analyse(text, 1)
+    turn = 3 * 256 * 256 * 4  # x read, w read, x written
+    assert 90 * turn < found.traffic < 140 * turn
+
+    until = jax.jit(lambda x: lax.while_loop(lambda x: x.sum() < 1e6, lambda x: jnp.sin(x) + 2, x)).lower(vector).compile().as_text()
+    found = analyse(until, 1)
+    assert found.unknown_loops == 1 and 2 * 256 * 256 * 4 <= found.traffic < 6 * 256 * 256 * 4
+
+
+def test_shapes():
+    assert size("(bf16[4,8]{1,0:T(8,128)}, f32[3]{0:S(1)}, pred[])") == 64 + 1
+    assert size("f32[3]{0:T(128)S(1)}") == 0 and size("f32[3]{0:T(128)S(1)}", hbm=False) == 12
+
+
+def test_flops():
+    x, w = jnp.ones((3, 8, 16)), jnp.ones((16, 32))
+    assert count_flops(lambda x, w: jnp.sin(x @ w), x, w) == 2 * 3 * 8 * 16 * 32
+    assert count_flops(lambda x, w: lax.scan(lambda c, x: (c, x @ w), 0, x), x, w) == 2 * 3 * 8 * 16 * 32
+    assert count_flops(jax.grad(lambda w: (x @ w).sum()), w) == 2 * (2 * 3 * 8 * 16 * 32)
+    assert count_flops(lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w @ w.T @ w), x, w) == 3 * 2 * 3 * 8 * 16 * 32
+    groups = jnp.array([3, 5])
+    assert count_flops(lambda x, w: lax.ragged_dot(x, w, groups), x[0], jnp.ones((2, 16, 32))) == 2 * 8 * 16 * 32
+    mesh = make_mesh(data=8)
+    shard = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert count_flops(shard, jnp.ones((64, 16))) == 8 * 2 * 8 * 8 * 16
+
+
+def test_presets_by_mesh():
+    assert [preset_for(m) for m in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"expert": 8, "tensor": 2})] == ["fsdp", "fsdp+tensor", "expert"]
+
+
+@needs_libtpu
+def test_a_plan(tmp_path, capsys):
+    """Tensor-parallel decoding needs two all-reduces of [B, hidden] a layer and one for the split embedding, and no weight is gathered; the
+    command prints the same."""
+    found = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
+    assert kinds(found.program, 8 * 256 * 2) == {("all-reduce", 4): 7}
+    assert found.fits and found.program.unknown_loops == 1
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
+    arguments = ["--topology", "v5e:2x2", "--mesh", "tensor=-1", "--job", "decode", "--batch", "8", "--length", "256"]
+    assert main(["plan", str(tmp_path / "config.json"), *arguments]) == 0
+    assert "all-reduce over 4" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_a_plan_too(capsys):
+    build = partial(plan, LLAMA_70B, topology="v5e:2x2", mesh={"tensor": 4}, job="decode")
+    found = build(batch=1, length=256)
+    assert not found.fits and "does NOT fit" in str(found)
+    small = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
+    assert rank([found, small])[0] is small
+
+
+@needs_libtpu
+def test_refusals(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
+    arguments = ["--job", "decode", "--batch", "8", "--length", "256"]
+    for extra, words in [
+        (["--topology", "v5e:2x2", "--mesh", "tensor=3"], "does not fit 4 devices"),
+        (["--topology", "v5e:2x2", "--mesh", "tensor:4"], "expected sizes such as"),
+        (["--topology", "v9:2x2", "--mesh", "tensor=4"], "topology 'v9:2x2'"),
+        (["--topology", "v5e:2x2"], "--mesh is needed"),
+    ]:
+        assert main(["plan", str(tmp_path / "config.json"), *arguments, *extra]) == 1
+        assert words in capsys.readouterr().err
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_8b_trains_on_v5e():
+    found = plan(LLAMA_8B, topology="v5e:16x16", mesh={"fsdp": 64, "tensor": 4}, job="train", batch=256, length=2048)
+    assert found.fits and found.parameters == 8_030_261_248
+    large = kinds(found.program, 1 << 20)
+    # seven weights a layer are gathered for the forward pass and again for the backward pass, their gradients scattered; activations are
+    # reduced over the tensor axis
+    assert 7 * 32 * 2 <= large["all-gather", 64] <= 7 * 32 * 2 + 4
+    assert large["reduce-scatter", 64] == 6 * 32  # k_proj's and v_proj's together
+    assert set(large) <= {
+        ("all-gather", 64),
+        ("reduce-scatter", 64),
+        ("all-reduce", 4),
+        ("all-to-all", 64),
+        ("all-reduce", 64),
+        ("all-gather", 4),
+    }
+    assert found.program.kernels["tpu_custom_call"] == 4 * 32  # forward, recomputed, and two of the backward pass
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_70b_decodes_on_v5p():
+    found = plan(LLAMA_70B, topology="v5p:4x4x4", mesh={"data": 8, "tensor": 8}, job="decode", batch=64, length=4096)
+    assert found.fits and found.parameters == 70_553_706_496
+    assert kinds(found.program, 8 * 8192 * 2) == {("all-reduce", 8): 160, ("all-reduce", 64): 1}  # the last: the split embedding's rows
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_128k_tokens_prefill_with_sequence_parallelism():
+    found = plan(LLAMA_8B, topology="v5e:16x16", mesh={"sequence": 32, "tensor": 8}, job="prefill", batch=1, length=131072)
+    assert found.fits and found.program.kernels["tpu_custom_call"] == 32
+    assert found.temporaries < 1e9  # no logits, no [T,T]
+    large = kinds(found.program, 1 << 22)
+    assert set(large) == {("all-gather", 32), ("all-reduce", 8)}  # keys and values over the sequence, activations over the tensor axis
