@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxmodels.cache import Cache, KVSpec, SlidingKVSpec
-from jaxmodels.layers import Linear, Packed, Step, begin
+from jaxmodels.layers import Linear, Packed, Step, begin, dropout
 from jaxmodels.ops.attention import resolve_attention
 from jaxmodels.ops.loss import IGNORE, LossOptions, causal_lm_loss, classification_loss, cross_entropy, row_losses, span_loss, summed_loss
 from jaxmodels.outputs import (
@@ -234,6 +234,12 @@ class SequenceClassification(Head):
         return SequenceClassifierOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
 
 
+def classifier_dropout(config: Any) -> float:
+    """HF's rate before a classifier: the config's own, else that of hidden states, else 0.1."""
+    values = ({**config.extra, **vars(config)}.get(name) for name in ("classifier_dropout", "hidden_dropout", "hidden_dropout_prob"))
+    return next((value for value in values if value is not None), 0.1)
+
+
 class TokenClassification(Head):
     head_name: ClassVar[str] = "score"  # of the attribute and in the checkpoint
 
@@ -255,7 +261,7 @@ class TokenClassification(Head):
     ) -> TokenClassifierOutput:
         """labels [B,T]: classes, -100 left out. inputs: what else the base model takes, such as token_type_ids."""
         out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions, **inputs)
-        logits = getattr(self, self.head_name)(out.last_hidden_state)
+        logits = getattr(self, self.head_name)(dropout(self, out.last_hidden_state, classifier_dropout(self.config)))
         loss = None if labels is None else cross_entropy(logits, labels)
         return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 

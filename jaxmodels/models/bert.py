@@ -18,8 +18,8 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Alias, Detachable, Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, parameter
-from jaxmodels.model import CausalLM, Head, Model, QuestionAnswering, TokenClassification
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, parameter, weight_dropout
+from jaxmodels.model import CausalLM, Head, Model, QuestionAnswering, TokenClassification, classifier_dropout
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.loss import classification_loss, cross_entropy
 from jaxmodels.outputs import BaseModelOutputWithPooling, MaskedLMOutput, PreTrainingOutput, SequenceClassifierOutput
@@ -39,6 +39,9 @@ class BertConfig(Config):
     position_embedding_type: str = "absolute"
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
     is_decoder: bool = False
     add_cross_attention: bool = False
     pad_token_id: int | None = 0
@@ -64,7 +67,8 @@ class BertEmbeddings(nn.Module):
     def __call__(self, words: jax.Array, token_type_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """words: ids [B,T], or what stands for their embeddings [B,T,D], which also gives the dtype."""
         x = words + self.token_type_embeddings(token_type_ids, words.dtype)
-        return self.LayerNorm(x + self.position_embeddings(positions, words.dtype))
+        x = self.LayerNorm(x + self.position_embeddings(positions, words.dtype))
+        return dropout(self, x, self.config.hidden_dropout_prob)
 
 
 class BertSelfAttention(nn.Module):
@@ -79,7 +83,7 @@ class BertSelfAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="key")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="value")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        return attend(q, k, v, state, step, causal=c.is_decoder)
+        return attend(q, k, v, state, step, causal=c.is_decoder, dropout=weight_dropout(self, c.attention_probs_dropout_prob))
 
 
 class BertOutput(nn.Module):
@@ -92,7 +96,7 @@ class BertOutput(nn.Module):
     def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
         c = self.config
         h = Linear(c.hidden_size, ("embed", self.axis), use_bias=True, init_std=c.initializer_range, name="dense")(h)
-        return LayerNorm(c.layer_norm_eps, name="LayerNorm")(h + x)
+        return LayerNorm(c.layer_norm_eps, name="LayerNorm")(dropout(self, h, c.hidden_dropout_prob) + x)
 
 
 class BertAttention(nn.Module):
@@ -319,7 +323,7 @@ class BertForSequenceClassification(BertHead):
     """labels [B], or [B,num_labels] for several at once."""
 
     def answer(self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None) -> SequenceClassifierOutput:
-        logits = self.classifier(out.pooler_output)
+        logits = self.classifier(dropout(self, out.pooler_output, classifier_dropout(self.config)))
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return SequenceClassifierOutput(loss, logits, None, out.hidden_states, out.attentions)
 
@@ -354,7 +358,8 @@ class BertForMultipleChoice(BertHead):
     def answer(  # type: ignore[override]
         self, out: BaseModelOutputWithPooling, choices: int, labels: jax.Array | None = None
     ) -> SequenceClassifierOutput:
-        logits = self.classifier(out.pooler_output).reshape(-1, choices)
+        pooled = dropout(self, out.pooler_output, classifier_dropout(self.config))
+        logits = self.classifier(pooled).reshape(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss, logits, None, out.hidden_states, out.attentions)
 

@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification
 from jaxmodels.outputs import BaseModelOutput
 
@@ -35,6 +35,8 @@ class OPTConfig(Config):
     num_attention_heads: int = 12
     activation_function: str = "relu"
     max_position_embeddings: int = 2048
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
     word_embed_proj_dim: int = None  # type: ignore[assignment]  # hidden_size
     do_layer_norm_before: bool = True
     _remove_final_layer_norm: bool = False  # models fine-tuned before a bug was found
@@ -70,8 +72,8 @@ class OPTAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
+        out, state, weights = attend(q, k, v, state, step, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="out_proj")(out), c.dropout), state, weights
 
 
 class OPTDecoderLayer(nn.Module):
@@ -86,7 +88,8 @@ class OPTDecoderLayer(nn.Module):
         norm_1, norm_2 = layer_norm(c, "self_attn_layer_norm"), layer_norm(c, "final_layer_norm")
 
         def mlp(x: jax.Array) -> jax.Array:
-            return fc2(step.constrain(activation(c.activation_function)(fc1(x)), "batch", "seq", "act_mlp"))  # [B, T, F] inside
+            h = step.constrain(activation(c.activation_function)(fc1(x)), "batch", "seq", "act_mlp")  # [B, T, F]
+            return dropout(self, fc2(h), c.dropout)
 
         x = step.constrain(x, "batch", "seq", "act_embed")
         if c.do_layer_norm_before:

@@ -18,7 +18,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model
 from jaxmodels.outputs import BaseModelOutput
 
@@ -42,6 +42,9 @@ class XGLMConfig(Config):
     num_attention_heads: int = 16
     activation_function: str = "gelu"
     max_position_embeddings: int = 2048
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
     scale_embedding: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
@@ -70,8 +73,8 @@ class XGLMAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
+        out, state, weights = attend(q, k, v, state, step, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="out_proj")(out), c.dropout), state, weights
 
 
 class XGLMDecoderLayer(nn.Module):
@@ -85,8 +88,8 @@ class XGLMDecoderLayer(nn.Module):
         h, state, weights = XGLMAttention(c, name="self_attn")(LayerNorm(name="self_attn_layer_norm")(x), state, step)
         x = x + h
         h = activation(c.activation_function)(dense(c.ffn_dim, ("mlp", "embed"), name="fc1")(LayerNorm(name="final_layer_norm")(x)))
-        h = step.constrain(h, "batch", "seq", "act_mlp")  # [B, T, F]
-        return x + dense(c.hidden_size, ("embed", "mlp"), name="fc2")(h), state, weights
+        h = dropout(self, step.constrain(h, "batch", "seq", "act_mlp"), c.activation_dropout)  # [B, T, F]
+        return x + dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="fc2")(h), c.dropout), state, weights
 
 
 class XGLMModel(Model):
@@ -116,6 +119,7 @@ class XGLMModel(Model):
             inputs_embeds = self.embed_tokens(input_ids, self.dtype) * (c.hidden_size**0.5 if c.scale_embedding else 1.0)
         x = inputs_embeds.astype(self.dtype)
         x = x + sinusoids(step.lookup(position_ids) + FIRST_POSITION, c.hidden_size, c.pad_token_id).astype(self.dtype)
+        x = dropout(self, x, c.dropout)
         x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)
         x = self.layer_norm(x)
         return BaseModelOutput(
