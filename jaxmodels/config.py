@@ -204,6 +204,8 @@ def thaw(value: Any) -> Any:
 def _freeze(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_freeze(v) for v in value)
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])  # transformers 5 writes numbers so that JSON lacks, such as Infinity; others write the bare word
     return FrozenDict({k: _freeze(v) for k, v in value.items()}) if isinstance(value, Mapping) else value
 
 
