@@ -13,7 +13,14 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from jaxmodels import auto
 
-V3 = SHAPE | {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+V3 = SHAPE | {
+    "num_key_value_heads": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
 
 
 def further_predictions(tensors):
