@@ -16,22 +16,33 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from jaxmodels.cache import Cache, EncoderDecoderKV, EncoderDecoderSpec, KVSpec
+from jaxmodels.cache import EncoderDecoderKV, EncoderDecoderSpec, KVSpec
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Detachable, Ignore, Op, Rename, Tie
 from jaxmodels.family import Family
-from jaxmodels.layers import Embedding, Layers, Linear, Source, Step, activation, attend, begin, cross_attend, parameter
+from jaxmodels.layers import (
+    Embedding,
+    Layers,
+    Linear,
+    Step,
+    activation,
+    attend,
+    cross_attend,
+    dropout,
+    parameter,
+    weight_dropout,
+)
 from jaxmodels.model import Head, Model, TokenClassification
-from jaxmodels.ops.loss import IGNORE, classification_loss, cross_entropy, span_loss
+from jaxmodels.ops.loss import classification_loss, cross_entropy, span_loss
 from jaxmodels.ops.norm import rms_norm
 from jaxmodels.ops.relative import relative_bias
 from jaxmodels.outputs import (
     BaseModelOutput,
     Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
     Seq2SeqQuestionAnsweringOutput,
     Seq2SeqSequenceClassifierOutput,
 )
+from jaxmodels.seq2seq import EncoderDecoder, rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +71,8 @@ class T5Config(Config):
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     feed_forward_proj: str = "relu"
+    dropout_rate: float = 0.1
+    classifier_dropout: float = 0.0
     scale_decoder_outputs: bool | None = None
     pad_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
@@ -159,10 +172,11 @@ class T5Attention(nn.Module):
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         keys, values = dense("k", "kv_heads", D**-0.5), dense("v", "kv_heads", D**-0.5)
         project = lambda y: (split(keys(y)), split(values(y)))
+        options: dict[str, Any] = {"scale": 1.0, "dropout": weight_dropout(self, c.dropout_rate)}
         if self.cross:
-            out, state, weights = cross_attend(q, project, state, step, scale=1.0)
+            out, state, weights = cross_attend(q, project, state, step, **options)
         else:
-            out, state, weights = attend(q, *project(x), state, step, bias=step.rope.bias, causal=self.causal, scale=1.0)
+            out, state, weights = attend(q, *project(x), state, step, bias=step.rope.bias, causal=self.causal, **options)
         return Linear(D, ("embed", "heads"), init_std=factor * (N * H) ** -0.5, name="o")(out), state, weights
 
 
@@ -174,7 +188,7 @@ class T5DenseReluDense(nn.Module):
         c, D, act = self.config, x.shape[-1], activation(self.config.hidden_act)
         dense = partial(Linear, c.d_ff, ("mlp", "embed"), init_std=c.initializer_factor * D**-0.5)
         h = act(dense(name="wi_0")(x)) * dense(name="wi_1")(x) if c.gated else act(dense(name="wi")(x))  # [B, T, F]
-        h = step.constrain(h, "batch", "seq", "act_mlp").astype(step.rope.stream)
+        h = dropout(self, step.constrain(h, "batch", "seq", "act_mlp"), c.dropout_rate).astype(step.rope.stream)
         return Linear(D, ("embed", "mlp"), init_std=c.initializer_factor * c.d_ff**-0.5, name="wo")(h)
 
 
@@ -188,7 +202,7 @@ class T5AttentionLayer(nn.Module):
         name = "EncDecAttention" if self.cross else "SelfAttention"
         h = T5LayerNorm(self.config, step.rope.dtype, name="layer_norm")(x)
         h, state, weights = T5Attention(self.config, self.causal, self.cross, name=name)(h, state, step)
-        return x + h, state, weights
+        return x + dropout(self, h, self.config.dropout_rate), state, weights
 
 
 class T5MLPLayer(nn.Module):
@@ -197,7 +211,7 @@ class T5MLPLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, step: Step) -> jax.Array:
         h = T5LayerNorm(self.config, step.rope.dtype, name="layer_norm")(x)
-        return x + T5DenseReluDense(self.config, name="DenseReluDense")(h, step)
+        return x + dropout(self, T5DenseReluDense(self.config, name="DenseReluDense")(h, step), self.config.dropout_rate)
 
 
 class T5EncoderLayers(nn.Module):
@@ -252,8 +266,9 @@ class T5Stack(Model):
 
     def __call__(self, x: jax.Array, states: tuple | None, step: Step) -> tuple:
         places = T5Places(self.relative_attention_bias(step.positions, step.key_positions), self.dtype)
-        x, states, inputs, weights = self.block(x.astype(places.stream), states, step.replace(rope=places))
-        x = self.final_layer_norm(x)
+        x = dropout(self, x.astype(places.stream), self.config.dropout_rate)
+        x, states, inputs, weights = self.block(x, states, step.replace(rope=places))
+        x = dropout(self, self.final_layer_norm(x), self.config.dropout_rate)
         return x, states, (*inputs, x) if step.output_hidden_states else None, weights
 
 
@@ -306,76 +321,12 @@ class T5EncoderModel(Model):
         return self.encode(input_ids, attention_mask, inputs_embeds, output_hidden_states, output_attentions)[0]
 
 
-class T5Model(T5EncoderModel):
+class T5Model(EncoderDecoder, T5EncoderModel):
     """Encoder and decoder without a head."""
 
     def setup(self) -> None:
         super().setup()
         self.decoder = T5Decoder(**self.options())
-
-    def example_inputs(self) -> dict[str, jax.Array]:
-        return {name: jnp.zeros((1, 1), jnp.int32) for name in ("input_ids", "decoder_input_ids")}
-
-    def __call__(  # type: ignore[override]
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        decoder_input_ids: jax.Array | None = None,
-        decoder_attention_mask: jax.Array | None = None,
-        encoder_outputs: Any = None,
-        cache: Cache | None = None,
-        inputs_embeds: jax.Array | None = None,
-        decoder_inputs_embeds: jax.Array | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> Seq2SeqModelOutput:
-        """input_ids, attention_mask [B,S] of the encoder, padding on either side; in place of input_ids encoder_outputs: what the encoder
-        returned, or (hidden [B,S,D],). decoder_input_ids, decoder_attention_mask [B,T]. A cache that holds the encoder's keys and values
-        stands for the encoder and what it reads."""
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("decoder_input_ids [B,T] (or decoder_inputs_embeds, or labels to shift) are needed beside the encoder's input")
-        flags = (output_hidden_states, output_attentions)
-        step, after = self.start(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, cache, *flags)
-        states, encoded = None if after is None else after.layers, BaseModelOutput(None)  # type: ignore[arg-type]
-        if states is None or not states[0].cross.slots:
-            if encoder_outputs is None:
-                encoded, positions = self.encode(input_ids, attention_mask, inputs_embeds, *flags)
-            else:
-                encoded = encoder_outputs if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput(*encoder_outputs[:1])
-                mask = None if attention_mask is None else jnp.asarray(attention_mask)
-                positions = begin(encoded.last_hidden_state.shape[:2], mask, None)[0].positions
-            step = step.replace(source=Source(jnp.asarray(encoded.last_hidden_state, self.dtype), positions))
-            states = None if states is None else tuple(s.replace(cross=s.cross.room(positions.shape[1])) for s in states)
-        x, states, hidden, weights = self.decoder(self.embed(decoder_input_ids, decoder_inputs_embeds), states, step)
-        own, cross = zip(*weights) if output_attentions else (None, None)
-        return Seq2SeqModelOutput(
-            last_hidden_state=x,
-            cache=None if after is None else after.replace(layers=states),
-            decoder_hidden_states=hidden,
-            decoder_attentions=own,
-            cross_attentions=cross,
-            encoder_last_hidden_state=encoded.last_hidden_state,
-            encoder_hidden_states=encoded.hidden_states,
-            encoder_attentions=encoded.attentions,
-        )
-
-    def decoder_inputs(self, input_ids: Any, attention_mask: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs` with the encoder's, shifted right, for the decoder where they have none for it."""
-        if input_ids is None or any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-            return inputs
-        shifted = self.shift_right(input_ids, attention_mask)
-        return inputs | {"decoder_input_ids": shifted, "decoder_attention_mask": attention_mask}
-
-    def shift_right(self, ids: Any, attention_mask: Any = None) -> jax.Array:
-        """decoder_start_token_id, then ids [B,T] less the last; a row's start stands at its first real token. -100 becomes padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                f"decoder_start_token_id is {start} and pad_token_id {pad} in the config; shifting ids to the right needs both"
-            )
-        real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-        shifted = jnp.where(jnp.cumsum(real, 1) <= 1, start, jnp.roll(ids, 1, axis=1))
-        return jnp.where(shifted == IGNORE, pad, shifted)
 
 
 class T5ForConditionalGeneration(T5Model):
@@ -439,8 +390,8 @@ class T5ClassificationHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, std = self.config, self.config.initializer_factor * self.config.hidden_size**-0.5
-        x = activation("tanh")(Linear(c.hidden_size, (None, "embed"), True, std, name="dense")(x))
-        return Linear(c.num_labels, (None, "embed"), True, std, name="out_proj")(x)
+        x = activation("tanh")(Linear(c.hidden_size, (None, "embed"), True, std, name="dense")(dropout(self, x, c.classifier_dropout)))
+        return Linear(c.num_labels, (None, "embed"), True, std, name="out_proj")(dropout(self, x, c.classifier_dropout))
 
 
 class T5ForSequenceClassification(Head):
@@ -489,11 +440,6 @@ class T5ForTokenClassification(TokenClassification):
 
     def run_base(self, input_ids: Any, attention_mask: Any, position_ids: Any, inputs_embeds: Any, cache: Any, *flags: bool) -> Any:
         return self.transformer(input_ids, attention_mask, inputs_embeds, *flags)  # T5 has no position_ids
-
-
-def rest(out: Seq2SeqModelOutput) -> dict[str, Any]:
-    """The fields that a head hands on."""
-    return {f.name: getattr(out, f.name) for f in dataclasses.fields(out) if f.name not in ("last_hidden_state", "cache")}
 
 
 def rules(config: T5Config) -> tuple[Op, ...]:
