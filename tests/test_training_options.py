@@ -1,5 +1,6 @@
 """What the train step can do beside the plain update, each against torch, HF or the same thing done in another way."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from transformers.trainer_pt_utils import LabelSmoother
 
 from jaxmodels.auto import find_family
+from jaxmodels.layers import dropout
+from jaxmodels.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from jaxmodels.models.mixtral import MixtralConfig, MixtralForCausalLM
 from jaxmodels.ops.loss import LossOptions, causal_lm_loss, summed_loss, token_losses
 from jaxmodels.params import flatten, init_params
 from jaxmodels.training import LossScale, create_train_state, make_eval_step, make_train_step
@@ -257,3 +261,47 @@ def test_a_loss_of_your_own_and_its_metrics_add_up_over_parts():
     np.testing.assert_allclose([again["loss"], again["worst"]], [metrics["loss"], metrics["worst"]], rtol=2e-6)
     evaluated = make_eval_step(model, last_token, count=count)(perturbed(model), data)
     np.testing.assert_allclose(evaluated["worst"], metrics["worst"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_dropout_has_explicit_keys(scanned):
+    """No key, no dropout; a key's noise is the same under remat, another in every part and step, and right on average."""
+    shape = {name: size for name, size in SHAPE.items() if name != "intermediate_size"}
+    config = GPT2Config(**shape, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3)
+    model, data = GPT2LMHeadModel(config, scan_layers=scanned), batch()
+    plain = float(make_eval_step(model)(perturbed(model), data)["loss"])
+    _, quiet = run(model, data=data)
+    np.testing.assert_allclose(quiet["loss"], plain, rtol=1e-6)
+    state, noisy = run(model, data=data, key=KEY)
+    again, same = run(model.clone(remat="full"), data=data, key=KEY)
+    np.testing.assert_allclose(same["loss"], noisy["loss"], rtol=1e-6)
+    assert_close(again.params, state.params, 1e-5)
+    losses = {float(run(model, data=data, key=jax.random.key(seed))[1]["loss"]) for seed in range(2)}
+    assert len(losses | {plain}) == 3
+    half = {name: jnp.concatenate([x[:4], x[:4]]) for name, x in data.items()}
+    params, rngs = perturbed(model), {"dropout": KEY}
+    rows = model.apply({"params": params}, **half, rngs=rngs, loss_options=LossOptions(by_row=True)).loss
+    assert np.all(np.abs(rows[:4] - rows[4:]) > 1e-4)
+
+
+def test_what_is_dropped_is_made_up_for():
+    x = jnp.ones((200, 300))
+    module = nn.Dense(1)  # any module: the function needs its keys
+    y = module.apply({}, x, method=lambda self, x: dropout(self, x, 0.25), rngs={"dropout": KEY})
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
+    assert abs(float(jnp.mean(y)) - 1) < 0.01
+    assert module.apply({}, x, method=lambda self, x: dropout(self, x, 0.25)) is x
+
+
+def test_the_routers_loss_counts_with_the_labels():
+    """Each part of a batch has its own router loss; chunks and packing keep it."""
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.3)
+    model, data = MixtralForCausalLM(config, scan_layers=True), batch()
+    params, wanted, tokens = perturbed(model), 0.0, 0
+    for rows in (slice(0, 8, 2), slice(1, 8, 2)):  # how the step cuts
+        part = {name: x[rows] for name, x in data.items()}
+        out, count = model.apply({"params": params}, **part), int(jnp.sum(part["labels"][:, 1:] != -100))
+        assert out.aux_loss > 1
+        wanted, tokens = wanted + float(out.loss) * count, tokens + count
+    _, metrics = run(model, data=data, accumulation_steps=2, loss_chunk=6)
+    np.testing.assert_allclose(metrics["loss"], wanted / tokens, rtol=1e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.auto import FAMILIES, find_family
+from jaxmodels.cache import RecurrentSpec
 from jaxmodels.layers import Packed
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.ops.loss import LossOptions
@@ -79,14 +80,14 @@ def test_families_that_see_positions_in_other_ways(family):
     assert_packing_is_exact(_small(family))
 
 
-def _small(name):
+def _small(name, task="AutoModelForCausalLM"):
     """A tiny model of a family from its default config."""
     family = find_family(name)
     known = set(family.config.field_names()) | set(family.config.spelled.values())
     values = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "ffn_dim": 48}
     values |= {"word_embed_proj_dim": 32, "rotary_dim": 4, "pad_token_id": 0, "d_model": 32, "attention_heads": 4, "num_heads": 4}
     values |= SPECIAL.get(name, {})
-    return family.classes["AutoModelForCausalLM"](family.config.from_dict({k: v for k, v in values.items() if k in known}))
+    return family.classes[task](family.config.from_dict({k: v for k, v in values.items() if k in known}))
 
 
 def test_a_document_does_not_see_its_neighbour():
@@ -115,7 +116,8 @@ def test_refusals():
         apply(LlamaForCausalLM(dynamic))
 
 
-REFUSING: set[str] = set()  # families with state that is carried from token to token
+def carries_state(config):
+    return any(isinstance(config.layer_spec(kind), RecurrentSpec) for kind in config.layer_kinds)
 
 
 @pytest.mark.slow
@@ -123,8 +125,33 @@ REFUSING: set[str] = set()  # families with state that is carried from token to 
 def test_every_decoder_is_exact_or_refuses(family):
     if "AutoModelForCausalLM" not in find_family(family).classes:
         return
-    if family in REFUSING:
+    model = _small(family)
+    if carries_state(model.config):
         with pytest.raises(ValueError, match="give every document its own row"):
-            assert_packing_is_exact(_small(family))
+            assert_packing_is_exact(model)
     else:
-        assert_packing_is_exact(_small(family))
+        assert_packing_is_exact(model)
+
+
+def test_a_family_with_recurrent_state_refuses():
+    model = _small("mamba")
+    assert carries_state(model.config)
+    with pytest.raises(ValueError, match=r"MambaModel has layers that carry more than keys and values.*RecurrentSpec"):
+        assert_packing_is_exact(model)
+
+
+def test_an_encoder_sees_both_ways_within_a_document():
+    """`Packed` in the place of the mask; positions and logits are those of each document alone."""
+    model = _small("bert", "AutoModelForMaskedLM")
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    docs = documents()
+    packed, alone = packed_rows(docs), single_rows(docs)
+    call = jax.jit(lambda ids, mask: model.apply({"params": params}, ids, attention_mask=mask).logits)
+    together = call(packed["input_ids"], Packed(packed["segment_ids"]))
+    single = iter(call(alone["input_ids"], alone["attention_mask"]))
+    for b, row in enumerate(docs):
+        start = 0
+        for document in row:
+            found, wanted = together[b, start : start + len(document)], next(single)[: len(document)]
+            np.testing.assert_allclose(found, wanted, atol=2e-5)
+            start += len(document)

@@ -13,7 +13,8 @@ import transformers
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.params import flatten, init_params, unflatten
 from jaxmodels.sharding.rules import Rules, make_mesh
-from jaxmodels.training import create_train_state, make_eval_step, make_train_step
+from jaxmodels.training import create_train_state, make_eval_step, make_optimizer, make_train_step
+from jaxmodels.training.lora import LoraConfig, add_lora, frozen_by
 
 SHAPE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2}
@@ -125,3 +126,25 @@ def test_sharded_equals_one_device(scanned, preset):
         assert step._cache_size() == 1
         losses.append(seen)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "muon", "adamw lora"])
+def test_what_the_step_can_do_works_sharded(name):
+    """Parts, chunks, clipping, other optimizers' states, adapters: the losses of one device, and no second program."""
+    config = LlamaConfig(**{**SHAPE, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128})
+    seen = []
+    for rules in (None, Rules.preset("fsdp+tensor", make_mesh(fsdp=4, tensor=2))):
+        model = LlamaForCausalLM(config, scan_layers=True, rules=rules)
+        optimizer = make_optimizer(name.split()[0], LR, model, weight_decay=0.1)
+        params, options = init_params(model, jax.random.key(1)), {}
+        if "lora" in name:
+            adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+            params, options = add_lora(model, params, adapter, jax.random.key(2)), {"frozen": frozen_by(adapter)}
+        state = create_train_state(model, optimizer, params, **options)
+        step = make_train_step(model, optimizer, accumulation_steps=2, loss_chunk=8, max_grad_norm=1.0, **options)
+        for batch in itertools.islice(batches(), 3):
+            batch = {k: jnp.asarray(np.tile(np.where(v < 0, v, v % 96), (4, 1)), jnp.int32) for k, v in batch.items()}
+            state, metrics = step(state, batch)
+            seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        assert step._cache_size() == 1
+    np.testing.assert_allclose(seen[:3], seen[3:], rtol=1e-3 if "8bit" in name else 1e-4)
