@@ -74,7 +74,7 @@ class CohereBlock(nn.Module):
 
 
 class CohereModel(LlamaModel):
-    block = CohereBlock
+    block: ClassVar[type[nn.Module]] = CohereBlock
 
     def final_norm(self) -> LayerNorm:
         return LayerNorm(self.config.layer_norm_eps, use_bias=False)

@@ -75,7 +75,7 @@ class Glm4Block(nn.Module):
 
 
 class Glm4Model(LlamaModel):
-    block = Glm4Block
+    block: ClassVar[type[nn.Module]] = Glm4Block
 
     def rope(self, step: Step, position_ids: jax.Array | None) -> Rope:
         c = self.config
