@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import jaxmodels as jm
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.rules import unstack
-from jaxmodels.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.params import flatten, init_params, unflatten
 from jaxmodels.training import create_train_state, make_train_step
@@ -276,11 +275,8 @@ def test_refusals(tmp_path, written):
     (directory / "adapter_config.json").write_text((written["plain"][0] / "adapter_config.json").read_text())
     with pytest.raises(CheckpointError, match=r"missing are .*down_proj\.lora_A.*not used are .*extra"):
         load_adapter(directory, UNROLLED, base)
-    fused = GPT2LMHeadModel(GPT2Config(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    config = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"attn\.q_proj is not a module of its own"):
-        save_adapter(tmp_path / "no", fused, add_lora(fused, init_params(fused, key), config, key), config)
-    assert not (tmp_path / "no").exists()
+    with pytest.raises(ValueError, match="modules_to_save 'head' is no module with parameters of its own"):
+        add_lora(UNROLLED, base, LoraConfig(modules_to_save=["head"]), key)
 
 
 def test_the_config_keeps_what_it_does_not_read(written, tmp_path):
@@ -291,3 +287,44 @@ def test_the_config_keeps_what_it_does_not_read(written, tmp_path):
     same = lambda value: sorted(value) if isinstance(value, list) else value
     assert {k: same(v) for k, v in ours.items()} == {k: same(v) for k, v in theirs.items()}
     assert flatten(without_adapter(params)).keys() == flatten(our_base(UNROLLED)).keys()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_projections_that_files_fuse(dora, tmp_path):
+    """GPT-2's c_attn, which is three of ours, and its transposed weights: peft's file, its outputs, and back; trained apart, the parts are
+    one adapter of three times the rank."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 47, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, attn_implementation="eager")).eval()
+    base.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": dora, "use_rslora": True}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options)).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = np.random.default_rng(0).integers(0, 47, (2, 9))
+    model, params = jm.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32", scan_layers=True)
+    call = jax.jit(lambda params: model.apply({"params": params}, jnp.asarray(ids)).logits)
+
+    def peft_logits(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids)).logits.numpy()
+
+    params, config = load_adapter(tmp_path / "theirs", model, params)
+    assert "transformer.h.0:2:1.attn.k_proj.lora_B" in flatten(params)
+    np.testing.assert_allclose(call(params), peft_logits(theirs), atol=1e-4)
+    save_adapter(tmp_path / "ours", model, params, config)
+    written, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert written.keys() == again.keys() and all(np.array_equal(written[k], again[k]) for k in written)
+
+    noise = lambda name, x: x + 0.3 * jax.random.normal(jax.random.key(len(name)), x.shape) if "lora_A" in name or "lora_B" in name else x
+    apart = unflatten({name: noise(name, x) for name, x in flatten(params).items()})
+    apart["transformer"]["h"]["0:2:1"]["attn"]["v_proj"]["lora_A"] *= -1.5
+    save_adapter(tmp_path / "apart", model, apart, config)
+    fresh = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    read = peft.PeftModel.from_pretrained(fresh, tmp_path / "apart").eval()
+    np.testing.assert_allclose(peft_logits(read), call(apart), atol=1e-4)
+    back, _ = load_adapter(tmp_path / "apart", model, params)
+    np.testing.assert_allclose(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(ids)).logits)(back), call(apart), atol=1e-4)

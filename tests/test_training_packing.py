@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxmodels.auto import FAMILIES, find_family
 from jaxmodels.cache import RecurrentSpec
@@ -11,6 +13,7 @@ from jaxmodels.layers import Packed
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.ops.loss import LossOptions
 from jaxmodels.params import flatten, init_params
+from jaxmodels.training.packing import pack_documents
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LENGTHS = ((9, 1, 14, 5), (3, 22, 2))  # of the documents in each row of T tokens; the rest is padding
@@ -155,3 +158,29 @@ def test_an_encoder_sees_both_ways_within_a_document():
             found, wanted = together[b, start : start + len(document)], next(single)[: len(document)]
             np.testing.assert_allclose(found, wanted, atol=2e-5)
             start += len(document)
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=30), labelled=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_every_document_is_packed_once_and_whole(lengths, labelled):
+    rng = np.random.default_rng(len(lengths))
+    docs = [rng.integers(1, 50, n) for n in lengths]
+    labels = [np.where(d % 2, d, -100) for d in docs]
+    rows = pack_documents(docs, 12, labels=labels if labelled else None, pad_token_id=99)
+    found = []
+    for ids, targets, segments in zip(*(rows[name] for name in ("input_ids", "labels", "segment_ids"))):
+        assert np.all(ids[segments == 0] == 99) and np.all(targets[segments == 0] == -100)
+        for n in range(1, segments.max() + 1):
+            at = np.flatnonzero(segments == n)
+            assert np.array_equal(at, np.arange(at[0], at[-1] + 1))
+            found.append((tuple(ids[at]), tuple(targets[at])))
+    assert sorted(found) == sorted((tuple(d), tuple(t)) for d, t in zip(docs, labels if labelled else docs))
+    assert len(rows["input_ids"]) <= max(1, -(-2 * sum(lengths) // 12)) or not lengths  # no two rows are both at most half full
+
+
+def test_documents_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="document 1 has 9 tokens and 9 labels; expected 1 to 8"):
+        pack_documents([np.ones(3, int), np.ones(9, int)], 8)
+    with pytest.raises(ValueError, match="document 0 has 3 tokens and 2 labels"):
+        pack_documents([np.ones(3, int)], 8, labels=[np.ones(2, int)])
+    assert pack_documents([], 8)["input_ids"].shape == (0, 8)

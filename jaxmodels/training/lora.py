@@ -24,9 +24,8 @@ from jaxmodels.auto import conversion_of
 from jaxmodels.config import read_json, thaw
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import read_file, replacing, write_file
-from jaxmodels.convert.load import unload
-from jaxmodels.convert.rules import members, unstack
-from jaxmodels.convert.tensors import as_tensor
+from jaxmodels.convert.rules import Rename, Split, fill, forward, inverse, match, members, unstack
+from jaxmodels.convert.tensors import Spec, as_tensor
 from jaxmodels.layers import Embedding, Linear
 from jaxmodels.ops.lora import row_norms
 from jaxmodels.params import Tree, flatten, unflatten
@@ -116,15 +115,28 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
+def _file_module(rules: Sequence[Any], module: str) -> str:
+    """The module of a family's checkpoints that an (unrolled) module of the tree is, or is a part of, as of a fused projection."""
+    key = f"{module}.weight"
+    for rule in reversed(rules):
+        if isinstance(rule, Split):
+            key = next((fill(rule.source, texts) for t in rule.targets if (texts := match(t, key)) is not None), key)
+        elif isinstance(rule, Rename):
+            (key,) = rule.inverse({key: Spec((1, 1), np.float32)})
+    return key.removesuffix(".weight")
+
+
 def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]]:
-    """{module in the tree: (its class, its unrolled names)} of what is adapted. ValueError when that is nothing, or half a stack."""
-    found = {}
+    """{module in the tree: (its class, the files' names of its layers)} of what is adapted. ValueError when that is nothing, or half a
+    stack."""
+    found, names, rules = {}, set(), conversion_of(model)[0]
     for name, kind in module_types(model).items():
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or not issubclass(kind, Linear | Embedding):
             continue
         inside = issubclass(kind, Linear) and module.startswith(model.base_name)
-        unrolled = members(module) or [module]
+        unrolled = [_file_module(rules, name) for name in members(module) or [module]]
+        names |= {name.rpartition(".")[2] for name in unrolled}
         chosen = [config.targets(n, inside) for n in unrolled]
         if any(chosen):
             if not all(chosen) or len({config.rank(n) for n in unrolled}) > 1:
@@ -136,8 +148,12 @@ def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]
                 raise ValueError(f"DoRA of an embedding ({module}) is not supported; leave it out or set use_dora=False")
             found[module] = (kind, unrolled)
     if not found:
-        some = ", ".join(sorted({name.split(".")[-2] for name in module_types(model) if name.endswith(".weight")}))
-        raise ValueError(f"target_modules {config.target_modules!r} name no linear layer or embedding; module names end in {some}")
+        raise ValueError(
+            f"target_modules {config.target_modules!r} name no linear layer or embedding; module names end in {', '.join(sorted(names))}"
+        )
+    for name in config.modules_to_save:
+        if not any(_saved(dataclasses.replace(config, modules_to_save=(name,)), key) for key in module_types(model)):
+            raise ValueError(f"modules_to_save {name!r} is no module with parameters of its own (a tied head is the embeddings)")
     return found
 
 
@@ -146,7 +162,7 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
     flat = dict(flatten(params))
     for module, (kind, unrolled) in _targets(model, config).items():
         weight = flat[f"{module}.weight"]
-        keys = [jax.random.fold_in(key, _number(name)) for name in unrolled]
+        keys = [jax.random.fold_in(key, _number(name)) for name in members(module) or [module]]
         leaves = [_fresh(kind, w, config, name, k) for w, name, k in zip(_layers(weight, module), unrolled, keys)]
         flat |= {f"{module}.{name}": _joined([leaf[name] for leaf in leaves], module) for name in leaves[0]}
     return unflatten(flat)
@@ -284,66 +300,94 @@ def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 # ---- PEFT's files ----------------------------------------------------------------------------------------------------
+# A projection that files fuse has one adapter there, ours one for each part: the same A, and B cut by the family's rules. Back, parts with
+# an A of their own are one adapter of the sum of their ranks, its B zero where a part's rows meet another's A.
 
 
-def _file_key(name: str) -> str:
-    module, _, last = name.rpartition(".")
-    if last in ("lora_A", "lora_B"):
-        return f"{PREFIX}{name}.weight"
-    return PREFIX + (f"{module}.lora_magnitude_vector" if last == "lora_magnitude" else name)
+def _file_key(module: str, last: str) -> str:
+    names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+    return f"{PREFIX}{module}.{names.get(last, last)}"
 
 
-def _check_files(model: Any, flat: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """An adapter of a module that files keep under another name or fused with others would mean another thing to PEFT."""
-    rules, prefix = conversion_of(model)
-    file = unload(flat, rules=rules, base_prefix=prefix)
+def _structure(model: Any) -> list[Any]:
+    return [rule for rule in conversion_of(model)[0] if isinstance(rule, Split | Rename)]
+
+
+def _parts(model: Any, modules: Sequence[str]) -> dict[str, list[str]]:
+    """{module of the files: the tree's (unrolled) modules that it is}."""
+    parts: dict[str, list[str]] = {}
     for module in modules:
         for name in members(module) or [module]:
-            if f"{name}.weight" not in file:
-                raise ValueError(f"{name} is not a module of its own in this family's checkpoints, so PEFT cannot address it; leave it out")
+            parts.setdefault(_file_module(_structure(model), name), []).append(name)
+    return parts
 
 
 def save_adapter(directory: str | Path, model: Any, params: Any, config: LoraConfig) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT's from_pretrained reads, in one piece or not at all."""
-    adapter, flat = adapter_of(params), flatten(without_adapter(params))
-    _check_files(model, flat, list(_modules(adapter)))
-    leaves = {name: leaf for name, leaf in adapter.items() if name.rpartition(".")[2] in TRAINED}
-    leaves |= {name: leaf for name, leaf in flat.items() if _saved(config, name)}
-    tensors = {_file_key(name): as_tensor(leaf) for name, leaf in unstack(leaves).items()}
+    leaves = {name: np.asarray(leaf) for name, leaf in unstack(adapter_of(params)).items()}
+    tensors = {_file_key(*name.rsplit(".", 1)): leaf for name, leaf in leaves.items() if "embedding" in name.rpartition(".")[2]}
+    rows: dict[str, np.ndarray] = {}  # what has the weight's rows, by the tree's names
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for file, parts in _parts(model, [m for m, own in _modules(adapter_of(params)).items() if "lora_A" in own]).items():
+        As = [leaves[f"{name}.lora_A"] for name in parts]
+        same = all(np.array_equal(A, As[0]) for A in As)
+        tensors[_file_key(file, "lora_A")] = As[0] if same else np.concatenate(As)
+        for i, name in enumerate(parts):
+            B, r = leaves[f"{name}.lora_B"], len(As[0])
+            rows[f"{name}.lora_B"] = B if same else np.pad(B, ((0, 0), (i * r, (len(parts) - 1 - i) * r)))
+            if config.use_dora:
+                rows[f"{name}.lora_magnitude"] = leaves[f"{name}.lora_magnitude"]
+        if not same:
+            scale, r = config.scale(file), r * len(parts)
+            ranks = {re.escape(file): r, **ranks}
+            alphas = {re.escape(file): scale * (math.sqrt(r) if config.use_rslora else r), **alphas}
+    fused = inverse(_structure(model), {name: as_tensor(leaf) for name, leaf in rows.items()})
+    out = {key: as_tensor(np.ascontiguousarray(leaf)) for key, leaf in tensors.items()}
+    out |= {_file_key(*name.rsplit(".", 1)): tensor for name, tensor in fused.items()}
+    saved = unstack({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config, name)})
+    out |= {_file_key(*name.rsplit(".", 1)): as_tensor(leaf) for name, leaf in saved.items()}
+    config = dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
     with replacing(directory) as path:
-        write_file(path / "adapter_model.safetensors", tensors)
+        write_file(path / "adapter_model.safetensors", out)
         (path / "adapter_config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_adapter(directory: str | Path, model: Any, params: Any) -> tuple[Tree, LoraConfig]:
-    """`params` under the adapter that PEFT (or `save_adapter`) wrote, and its config. Every tensor of the file is used once, or
+    """`params` under the adapter that PEFT (or `save_adapter`) wrote, and its config. Every tensor of the file is used, or
     CheckpointError names those that are left and those that lack."""
     directory = Path(directory)
     config = LoraConfig.from_dict(read_json(directory / "adapter_config.json"))
     found = dict(read_file(directory / "adapter_model.safetensors"))
-    wanted = jax.eval_shape(lambda params: add_lora(model, params, config, jax.random.key(0)), params)
-    flat = flatten(wanted)
     modules = _targets(model, config)
-    _check_files(model, flatten(without_adapter(wanted)), list(modules))
-    names = [name for name in flat if name.rpartition(".")[2] in TRAINED or _saved(config, name)]
-    keys = {name: [_file_key(n) for n in members(name) or [name]] for name in names}
-    # PEFT keeps the base of adapted embeddings and of a head that is tied to them
-    loose = [k for k in found if k.endswith("base_layer.weight")]
-    if loose:
-        loose += [k for k in (f"{PREFIX}{getattr(model, 'head_name', '')}.weight",) if k in found]
-    expected = {key for group in keys.values() for key in group}
-    missing, left = sorted(expected - set(found)), sorted(set(found) - expected - set(loose))
+    base = flatten(without_adapter(params))
+    wanted = flatten(jax.eval_shape(lambda params: add_lora(model, params, config, jax.random.key(0)), unflatten(base)))
+    names = [name for name in wanted if name.rpartition(".")[2] in TRAINED or _saved(config, name)]
+    plain = [n for name in names for n in members(name) or [name]]
+    source = {n: _file_key(_file_module(_structure(model), n.rpartition(".")[0]), n.rpartition(".")[2]) for n in plain}
+    # PEFT keeps the base of adapted embeddings, and of a head that is tied to them
+    loose = [key for key in found if key.endswith("base_layer.weight")]
+    loose += [key for key in (f"{PREFIX}{getattr(model, 'head_name', '')}.weight",) if loose and key in found]
+    missing = sorted(set(source.values()) - set(found))
+    left = sorted(set(found) - set(source.values()) - set(loose))
     if missing or left:
         raise CheckpointError(f"{directory}: the adapter does not fit this model; missing are {missing[:4]}, not used are {left[:4]}")
-    result = dict(flatten(without_adapter(params)))
-    for name, group in keys.items():
-        arrays = [np.asarray(found[key].read()) for key in group]
-        shape = flat[name].shape if len(group) == 1 else flat[name].shape[1:]
-        for key, array in zip(group, arrays):
-            if array.shape != shape:
-                raise CheckpointError(f"{directory}: {key} has shape {list(array.shape)}; this model and config expect {list(shape)}")
-        dtype = jnp.float32 if name not in result else result[name].dtype
-        result[name] = _joined([jnp.asarray(array, dtype) for array in arrays], name)
+    whole = {}
+    for name, key in source.items():
+        module, _, last = name.rpartition(".")
+        file = _file_module(_structure(model), module)
+        if last in ("lora_B", "lora_magnitude"):
+            whole |= forward(_structure(model), {f"{file}.{last}": found[key]})
+        else:
+            whole[name] = found[key]
+    result = dict(base)
+    for name in names:
+        group = members(name) or [name]
+        shape = wanted[name].shape[1:] if members(name) else wanted[name].shape
+        for n in group:
+            if whole[n].shape != shape:
+                found_shape, expected = list(whole[n].shape), list(shape)
+                raise CheckpointError(f"{directory}: {source[n]} has shape {found_shape}; this model and config expect {expected}")
+        result[name] = _joined([jnp.asarray(whole[n].read(), wanted[name].dtype) for n in group], name)
     for module, (_, unrolled) in modules.items():
         result[f"{module}.lora_scale"] = _joined([jnp.float32(config.scale(n)) for n in unrolled], module)
         if config.lora_dropout and f"{module}.lora_A" in result:
