@@ -150,7 +150,7 @@ class MambaBlock(nn.Module):
     config: Any
     mixer: ClassVar[type[MambaMixer]] = MambaMixer
 
-    def make_mixer(self) -> nn.Module:
+    def make_mixer(self, **more: Any) -> nn.Module:
         c = self.config
         steps = partial(
             TimeSteps,
@@ -161,7 +161,7 @@ class MambaBlock(nn.Module):
             random=c.time_step_init_scheme == "random",
         )
         sizes = (c.channels, c.state_size, c.time_step_rank, c.conv_kernel, c.hidden_act, c.use_bias, c.use_conv_bias)
-        return self.mixer(*sizes, c.initializer_range, c.residual_std, steps, name="mixer")
+        return self.mixer(*sizes, c.initializer_range, c.residual_std, steps, name="mixer", **more)
 
     @nn.compact
     def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
