@@ -28,6 +28,7 @@ FAMILIES: dict[str, str | Family] = {
     "deepseek_v3": "jaxmodels.models.deepseek_v3",
     "exaone4": "jaxmodels.models.exaone4",
     "falcon": "jaxmodels.models.falcon",
+    "falcon_mamba": "jaxmodels.models.falcon_mamba",
     "gemma": "jaxmodels.models.gemma",
     "gemma2": "jaxmodels.models.gemma2",
     "gemma3_text": "jaxmodels.models.gemma3_text",
