@@ -9,7 +9,7 @@ Axis letters: B rows of the prompt, M beams, C candidates, N room for new tokens
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxmodels.generation.processors import LogitsProcessor, kind
 from jaxmodels.generation.processors_filter import largest
-from jaxmodels.generation.sampling import Forward, Result, State, draw_some, record
+from jaxmodels.generation.sampling import Forward, Result, State, draw_some, last_logits, record
 
 LOW = -1e9  # the score of what is not there; added to a score, it keeps a candidate out of a choice
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
@@ -81,6 +81,10 @@ class BeamSearch:
     candidates: int = struct.field(pytree_node=False)
     columns: int = struct.field(pytree_node=False)
     kind: str = kind("BeamSearch")
+    hidden_states: ClassVar[bool] = False
+
+    def look(self, model: Any, params: Any, out: Any) -> jax.Array:
+        return last_logits(out)
 
     def start(self, state: State, logits: jax.Array) -> State:
         B, M = len(logits) // self.copies, self.copies

@@ -27,8 +27,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (None, 0.0),
     "constraints": (None,),
     "force_words_ids": (None,),
-    "penalty_alpha": (None, 0.0),
-    "dola_layers": (None,),
     "use_mtp": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
@@ -85,6 +83,8 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "token_healing": (lambda x: isinstance(x, bool), "True or False"),
     "output_attentions": (lambda x: isinstance(x, bool), "True or False"),
     "output_hidden_states": (lambda x: isinstance(x, bool), "True or False"),
+    "penalty_alpha": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "dola_layers": (lambda x: x in ("low", "high") or (isinstance(x, tuple) and all(map(_whole, x))), "'low', 'high' or a list of layers"),
     "num_return_sequences": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "output_scores": (lambda x: isinstance(x, bool), "True or False"),
     "output_logits": (lambda x: isinstance(x, bool), "True or False"),
@@ -165,7 +165,7 @@ class GenerationConfig:
     speculation_type: str | None = None
     compile_config: Any = None
     disable_compile: bool | None = None
-    penalty_alpha: float | None = None
+    penalty_alpha: Any = None
     dola_layers: Any = None
     diversity_penalty: float | None = None
     num_beam_groups: int | None = None
@@ -258,7 +258,8 @@ class GenerationConfig:
                 "do_sample, with every processor and stopping criterion of HF's"
             )
         full._check_tokens(model_config.vocab_size)
-        idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and _differs(getattr(self, k), off)]
+        used = {"top_k"} if full.penalty_alpha else set()
+        idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and k not in used and _differs(getattr(self, k), off)]
         idle += [k for k, off in BEAMS_ONLY.items() if full.num_beams == 1 and _differs(getattr(self, k), off)]
         if idle:
             warnings.warn(f"{', '.join(idle)}: without effect as do_sample={full.do_sample}, num_beams={full.num_beams}", stacklevel=3)

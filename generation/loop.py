@@ -27,8 +27,9 @@ from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, 
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
+from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.stopping import StopStrings
-from jaxmodels.generation.strategies import build_strategy, check
+from jaxmodels.generation.strategies import build_strategy, check, contrastive
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 
@@ -96,13 +97,15 @@ def bucket(n: int) -> int:
 def generate(
     model: Any,
     params: Any,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     *,
     key: jax.Array | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Any = None,
     cache: Cache | None = None,
+    decoder_input_ids: Any = None,
+    decoder_attention_mask: Any = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
     prefix_allowed_tokens_fn: Any = None,
@@ -124,15 +127,23 @@ def generate(
     -> ids`; mask_fn: `(input_ids [B,T]) -> allowed [B,V]`. Another function compiles nothing. negative_prompt_ids [B,T']: what
     guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing.
 
+    Of an encoder-decoder model input_ids and attention_mask are the encoder's, read once; the sequences are the decoder's. They begin with
+    decoder_start_token_id, perhaps followed by decoder_input_ids [B,T]. With a cache, which holds what the encoder read, input_ids is None.
+
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
     Raises ValueError for bad options or input, TypeError for an unknown option, before anything is compiled."""
     config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
-    check(config, streamer)
+    check(config, model.config, streamer)
+    source = None
+    if model.config.is_encoder_decoder:
+        if cache is None:
+            source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
+        input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
     ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
-    traced = isinstance(ids, jax.core.Tracer)
+    traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
     T = ids.shape[1]
     limit = _new_tokens(config, T, model.config)
     deadline = None if config.max_time is None else time.perf_counter() + config.max_time
@@ -151,9 +162,10 @@ def generate(
     unread = int(isinstance(cache, TurnCache))
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
-    slots = max(bucket(used + P + limit - 1), 0 if cache is None else cache.slots)
-    widen = lambda x: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (P - unread - x.shape[1], 0)))
+    slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots)
+    widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
+    source = None if source is None else tuple(widen(x, bucket(x.shape[1])) for x in source)
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
@@ -161,14 +173,15 @@ def generate(
         streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
     with called() as own:
         processors = build_processors(
-            config, eos, prompt_length=T, new_tokens=limit, encoder=(ids_wide, real_wide), allowed=own.allowed, custom=own.custom,
+            config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), allowed=own.allowed, custom=own.custom,
             vocab_size=model.config.vocab_size,
         )  # fmt: skip
-        strategy = build_strategy(config, processors, eos, pad, key, limit, bucket(limit))
+        strategy = build_strategy(config, model.config, processors, eos, pad, key, limit, bucket(limit))
         decode = partial(_decode, model, params, strategy)
         state, report = _prefill(
-            model, params, strategy, ids_wide, real_wide, cache, np.int32(T), None if negative is None else tuple(map(widen, negative)),
-            (*stops, *own.followers), slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
+            model, params, strategy, ids_wide, real_wide, source, cache, np.int32(T),
+            None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
+            slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
         )  # fmt: skip
         if streamer is None and (deadline is None or config.num_beams > 1):
             state, report = decode(state, np.int32(limit))
@@ -177,18 +190,26 @@ def generate(
         return _output(ids, state, report, limit, pad)
 
 
-def _forward(model: Any, params: Any) -> Forward:
-    def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        tokens = jnp.where(real, tokens, 0)  # whatever stands in padding, it must not make nan
-        out = model.apply({"params": params}, tokens, attention_mask=real, cache=cache, logits_to_keep=1)
-        return out.logits[:, -1].astype(jnp.float32), out.cache
+def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Array, jax.Array] | None = None) -> Forward:
+    """source [B,S]: what an encoder reads, and which of it is real; later steps find it in the cache."""
+    names = ("input_ids", "attention_mask")
+    clean = lambda ids, real: (jnp.where(real, ids, 0), real)  # whatever stands in padding, it must not make nan
+    encoder = {} if source is None else dict(zip(names, clean(*source)))
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+
+    more = {"output_hidden_states": True} if strategy.hidden_states else {}
+
+    def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
+        read = {prefix + name: x for name, x in zip(names, clean(tokens, real))}
+        out = model.apply({"params": params}, **encoder, **read, cache=cache, logits_to_keep=1, **more)
+        return strategy.look(model, params, out), out.cache
 
     return guided(forward)
 
 
 @partial(jax.jit, static_argnames=("model", "slots", "steps", "record"))
 def _prefill(
-    model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, cache: Cache | None, length: jax.Array,
+    model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, source: Any, cache: Cache | None, length: jax.Array,
     negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
 ) -> tuple[State, Report]:  # fmt: skip
     """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies."""
@@ -198,18 +219,19 @@ def _prefill(
         cache = cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
-    forward = _forward(model, params)
+    forward = _forward(model, params, strategy, source)
     if negative is None:
-        logits, cache = forward(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+        seen, cache = forward(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
     else:
-        logits, cache = read_both(forward, (ids, real), _to_the_right(*negative), init_cache(model, 2 * B, slots))
+        seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), init_cache(model, 2 * B, slots))
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
-        logits, cache, ids, real = logits[rows], cache.take(rows), ids[rows], real[rows]
+        seen, ids, real = jax.tree.map(lambda x: x[rows], (seen, ids, real))
+        cache = cache.take(rows)
     wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
     sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0)).follow(followers)
-    records = (jnp.zeros((steps, *logits.shape), jnp.float32) if wanted else None for wanted in record)
-    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records), logits)
+    records = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
+    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records), seen)
     return state, _report(strategy, state)
 
 
@@ -223,7 +245,7 @@ def _to_the_right(ids: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array
 def _decode(model: Any, params: Any, strategy: Strategy, state: State, limit: jax.Array) -> tuple[State, Report]:
     """Steps until there are `limit` new tokens or nothing is left to do."""
     going = lambda state: (state.sequences.new < limit) & ~strategy.done(state)
-    state = lax.while_loop(going, partial(strategy.step, _forward(model, params)), state)
+    state = lax.while_loop(going, partial(strategy.step, _forward(model, params, strategy)), state)
     return state, _report(strategy, state)
 
 
@@ -257,7 +279,10 @@ def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    cache = None if last is None else _turn(state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache, *last)
+    cache = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
+    if last is not None and len(cache.positions) > len(last[0]):
+        cache = cache.take(np.arange(0, len(cache.positions), len(cache.positions) // len(last[0])))
+    cache = None if last is None else _turn(cache, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:

@@ -1,7 +1,7 @@
 """Greedy decoding and sampling: one token per row and step.
 
 A strategy is a pytree whose values are traced. It turns logits into the next state and says nothing about prompts, buckets,
-chunks or streams, which are the loop's; another strategy is another class with `copies`, `start`, `step`, `done` and `result`.
+chunks or streams, which are the loop's; another strategy is another class with the Protocol's methods.
 
 Axis letters: B rows, S cache slots, W columns of tokens, N steps, V vocabulary, E end-of-sequence ids."""
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.generation.guidance import GuidedCache
 from jaxmodels.generation.processors import LogitsProcessor, Sequences, kind
 
-Forward = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+Forward = Callable[[jax.Array, jax.Array, Cache], tuple[Any, Cache]]
 BLOCK = 128
 
 
@@ -63,17 +63,24 @@ class Result:
 
 
 class Strategy(Protocol):
+    hidden_states: ClassVar[bool]  # whether `look` needs the model's
+
     @property
     def copies(self) -> int:
         """Rows of the state for each row of the prompt."""
         ...
 
-    def start(self, state: State, logits: jax.Array) -> State:
-        """The state with its first new tokens, from the prompt's logits [B,V] float32."""
+    def look(self, model: Any, params: Any, out: Any) -> Any:
+        """What `start` and `step` want to know of the model's output: the last logits [B,V] float32, or a pytree with rows first of which
+        they are the first leaf."""
+        ...
+
+    def start(self, state: State, seen: Any) -> State:
+        """The state with its first new tokens, from what `look` saw of the prompt."""
         ...
 
     def step(self, forward: Forward, state: State) -> State:
-        """One step on: `forward(tokens [B,T], real [B,T], cache) -> (logits of the last token [B,V] float32, cache)` and a choice."""
+        """One step on: `forward(tokens [B,T], real [B,T], cache) -> (what `look` sees, cache)` and a choice."""
         ...
 
     def done(self, state: State) -> jax.Array:
@@ -95,8 +102,16 @@ class Sampling:
     key: jax.Array | None
     copies: int = struct.field(pytree_node=False, default=1)
     kind: str = kind("Sampling")
+    hidden_states: ClassVar[bool] = False
 
-    def start(self, state: State, logits: jax.Array) -> State:
+    def look(self, model: Any, params: Any, out: Any) -> Any:
+        return last_logits(out)
+
+    def start(self, state: State, seen: Any) -> State:
+        return self.choose(state, seen, seen)
+
+    def choose(self, state: State, logits: jax.Array, raw: jax.Array) -> State:
+        """The state with one more token a row by the logits [B,V]; `raw` are those that are recorded as the model's."""
         sequences = state.sequences
         scores = state.process(self.processors, logits)
         chosen = argmax(scores) if self.key is None else draw(jax.random.fold_in(self.key, sequences.new), scores)
@@ -108,12 +123,12 @@ class Sampling:
             sequences=longer,
             finished=state.finished | (tokens[:, None] == self.eos_token_id).any(-1) | longer.stopped(),
             scores=record(state.scores, scores, sequences.new),
-            logits=record(state.logits, logits, sequences.new),
+            logits=record(state.logits, raw, sequences.new),
         )
 
     def step(self, forward: Forward, state: State) -> State:
-        logits, cache = forward(*state.sequences.last(), state.cache)
-        return self.start(dataclasses.replace(state, cache=cache), logits)
+        seen, cache = forward(*state.sequences.last(), state.cache)
+        return self.start(dataclasses.replace(state, cache=cache), seen)
 
     def done(self, state: State) -> jax.Array:
         return state.finished.all()
@@ -122,6 +137,11 @@ class Sampling:
         s = state.sequences
         token, real = s.last()
         return Result(s.tokens, s.real, s.width - s.new, s.new, (token[:, 0], real[:, 0]))
+
+
+def last_logits(out: Any) -> jax.Array:
+    """[B,V] float32."""
+    return out.logits[:, -1].astype(jnp.float32)
 
 
 def record(records: jax.Array | None, new: jax.Array, step: jax.Array) -> jax.Array | None:

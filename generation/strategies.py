@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from jaxmodels.generation.beam import EARLY_STOPPING, BeamSearch
+from jaxmodels.generation.contrastive import ContrastiveSearch
+from jaxmodels.generation.dola import DoLa, early_layers
 from jaxmodels.generation.processors import LogitsProcessor
 from jaxmodels.generation.processors_base import to_float
 from jaxmodels.generation.sampling import Sampling, Strategy
@@ -15,6 +17,7 @@ from jaxmodels.generation.sampling import Sampling, Strategy
 
 def build_strategy(
     config: Any,
+    model_config: Any,
     processors: tuple[LogitsProcessor, ...],
     eos_token_id: np.ndarray,
     pad_token_id: int,
@@ -31,10 +34,20 @@ def build_strategy(
             np.int32(limit), copies=config.num_beams, returned=config.num_return_sequences,
             candidates=max(2, 1 + int((eos_token_id >= 0).sum())), columns=columns,
         )  # fmt: skip
+    if contrastive(config):
+        return ContrastiveSearch(processors, eos_token_id, pad, to_float(config.penalty_alpha), copies=config.top_k)
+    if config.dola_layers is not None:
+        layers = early_layers(config.dola_layers, model_config.num_hidden_layers, model_config.tie_word_embeddings)
+        return DoLa(processors, eos_token_id, pad, key, copies=config.num_return_sequences, layers=layers)
     return Sampling(processors, eos_token_id, pad, key, copies=config.num_return_sequences)
 
 
-def check(config: Any, streamer: Any = None) -> None:
+def contrastive(config: Any) -> bool:
+    """Whether a filled GenerationConfig asks for contrastive search, by HF's rule."""
+    return config.num_beams == 1 and not config.do_sample and config.top_k > 1 and bool(config.penalty_alpha)
+
+
+def check(config: Any, model_config: Any, streamer: Any = None) -> None:
     """Raise ValueError where a filled GenerationConfig's options cannot go together."""
     beams, returned = config.num_beams, config.num_return_sequences
     if beams > 1 and streamer is not None:
@@ -45,3 +58,13 @@ def check(config: Any, streamer: Any = None) -> None:
         raise ValueError(
             f"num_return_sequences={returned} returns equal rows in greedy decoding; set do_sample=True or num_beams={returned} or more"
         )
+    looks = {"penalty_alpha": contrastive(config), "dola_layers": config.dola_layers is not None}
+    if config.dola_layers is not None:
+        if beams > 1 or looks["penalty_alpha"]:
+            raise ValueError("dola_layers goes with greedy decoding and sampling: leave out num_beams and penalty_alpha")
+        if model_config.is_encoder_decoder:
+            raise ValueError("dola_layers contrasts a decoder's layers; this model is an encoder-decoder")
+        early_layers(config.dola_layers, model_config.num_hidden_layers, model_config.tie_word_embeddings)
+    if any(looks.values()) and config.guidance_scale not in (None, 1.0):
+        name = next(name for name, active in looks.items() if active)
+        raise ValueError(f"guidance_scale={config.guidance_scale} and {name} cannot be combined: both change what the likeliest tokens are")

@@ -1,0 +1,132 @@
+"""Contrastive search, DoLa, diverse and constrained beams against what transformers 4.45.2 wrote into tests/fixtures, and at the edges."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures.make_generation_fixtures import ALONE, CASES, CONFIG, HERE, LENGTHS, prompts, weights
+from generation_fixtures import compilations
+
+from jaxmodels.convert.rules import stack
+from jaxmodels.generation import generate
+from jaxmodels.generation.dola import early_layers
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.params import abstract_params, flatten, unflatten
+
+T = max(LENGTHS)
+NEVER = CONFIG["vocab_size"] + 5
+
+
+@functools.cache
+def ours(scan_layers=False):
+    model = LlamaForCausalLM(LlamaConfig.from_dict(CONFIG))
+    shapes = {name: x.shape for name, x in flatten(abstract_params(model)).items()}
+    flat = {name: jnp.asarray(x) for name, x in weights(shapes).items()}
+    if scan_layers:
+        model = model.clone(scan_layers=True)
+        flat = stack(flat, list(flatten(abstract_params(model))))
+    return model, unflatten(flat)
+
+
+@functools.cache
+def written():
+    about = json.loads((HERE / "generation.json").read_text())
+    assert about["written_by"]["transformers"] == "4.45.2" and about["config"] == CONFIG
+    assert about["cases"] == json.loads(json.dumps(CASES))
+    with np.load(HERE / "generation.npz") as file:
+        return dict(file)
+
+
+def cases(*prefixes):
+    return [name for name in CASES if name.startswith(prefixes)]
+
+
+def assert_scores(got, want, lengths):
+    """[N,B,V] up to each row's end, without pad_token_id 0: to transformers the padding of a prompt is a token that was said before."""
+    got, want = got[..., 1:], want[..., 1:]
+    alive = np.arange(len(want))[:, None] < lengths
+    finite = np.isfinite(want) & alive[..., None]
+    np.testing.assert_array_equal(np.isfinite(got)[alive], np.isfinite(want)[alive])
+    assert np.abs(got[finite] - want[finite]).max() <= 1e-4 * max(1, want[finite].std())
+
+
+@pytest.mark.parametrize("name", cases("contrastive"))
+def test_contrastive_search(name):
+    out = generate(*ours(), *prompts(), output_scores=True, **CASES[name])
+    want = written()[f"{name}/tokens"]
+    np.testing.assert_array_equal(out.sequences[:, T:], want)
+    assert_scores(out.scores, written()[f"{name}/scores"], out.lengths)
+
+
+@pytest.mark.parametrize("name", cases(*ALONE))
+def test_dola(name):
+    out = generate(*ours(scan_layers=True), *prompts(), output_scores=True, **CASES[name])
+    for row in range(len(LENGTHS)):
+        want = written()[f"{name}/tokens {row}"]
+        np.testing.assert_array_equal(out.sequences[row, T : T + len(want)], want)
+        scores = written()[f"{name}/scores {row}"][:, None]
+        assert_scores(out.scores[: len(want), row : row + 1], scores, out.lengths[row])
+
+
+def test_dola_samples():
+    """Drawn from the contrast's probabilities: at a low temperature the likeliest."""
+    options = CASES["dola low"] | {"do_sample": True, "temperature": 1e-4, "top_k": 0, "key": jax.random.key(0), "num_return_sequences": 2}
+    out = generate(*ours(scan_layers=True), *prompts(), **options)
+    for row in range(2 * len(LENGTHS)):
+        want = written()[f"dola low/tokens {row // 2}"]
+        assert out.sequences[row, T : T + len(want)].tolist() == want.tolist()
+
+
+def test_early_layers():
+    """By the rules of the paper's authors: every second layer of a half, of 20 layers in deep models, not the tied embeddings."""
+    assert early_layers("low", 32, False) == tuple(range(0, 16, 2)) and early_layers("high", 32, True) == tuple(range(16, 32, 2))
+    assert early_layers("low", 30, True) == tuple(range(2, 15, 2)) and early_layers("low", 80, True) == tuple(range(2, 20, 2))
+    assert early_layers("high", 80, False) == tuple(range(60, 80, 2)) and early_layers((1, 3, 99), 32, True) == (1, 3)
+    assert early_layers("low", 2, True) == (1,) and early_layers("low", 4, True) == (2,) and early_layers("low", 1, True) == (0,)
+
+
+def test_contrastive_search_goes_on():
+    """The cache has read every token; streams and a second turn are as in one call over everything."""
+    ids, mask = prompts()
+    options = {"penalty_alpha": 0.6, "top_k": 4, "eos_token_id": NEVER}
+    want = written()["contrastive 0.6/tokens"]
+    seen = []
+    stream = type("Stream", (), {"put": lambda self, x: seen.append(np.array(x)), "end": lambda self: seen.append(None)})()
+    out = generate(*ours(), ids, mask, max_new_tokens=11, streamer=stream, **options)
+    np.testing.assert_array_equal(out.sequences[:, T:], want[:, :11])
+    np.testing.assert_array_equal(np.stack(seen[1:-1], 1), want[:, :11])
+    assert not np.asarray(out.cache.unread).any() and out.cache.positions.shape[0] == len(LENGTHS)
+    more = np.array([[9], [9], [9], [9]])
+    turn = generate(*ours(), more, cache=out.cache, max_new_tokens=1, eos_token_id=NEVER)
+    model, params = ours()
+    whole = np.concatenate([ids[1:2, -5:], out.sequences[1:2, T:], more[:1]], 1)
+    assert turn.sequences[1, 1] == jax.jit(model.apply)({"params": params}, whole).logits[0, -1].argmax()
+
+
+def test_other_values_compile_nothing():
+    call = functools.partial(generate, *ours(), *prompts(), max_new_tokens=24)
+    call(penalty_alpha=0.6, top_k=4, eos_token_id=3)
+    with compilations() as found:
+        call(penalty_alpha=0.2, top_k=4, eos_token_id=[4, 9], pad_token_id=5)
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"penalty_alpha": 1.5, "top_k": 4}, "penalty_alpha is 1.5; expected a number from 0 to 1"),
+        ({"dola_layers": "middle"}, "dola_layers is 'middle'; expected 'low', 'high' or a list of layers"),
+        ({"dola_layers": [6, 7]}, r"dola_layers=\(6, 7\) names no layer below the last of 6"),
+        ({"dola_layers": "low", "num_beams": 2}, "dola_layers goes with greedy decoding and sampling"),
+        ({"dola_layers": "low", "guidance_scale": 2.0}, "guidance_scale=2.0 and dola_layers cannot be combined"),
+        ({"penalty_alpha": 0.5, "top_k": 4, "num_return_sequences": 2}, "num_return_sequences=2"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, words):
+    with compilations() as found, pytest.raises(ValueError, match=words):
+        generate(*ours(), np.full((1, 9), 5), max_new_tokens=4, **options)
+    assert found == []
