@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cli.main import main
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.sharding import make_mesh
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
@@ -164,3 +165,18 @@ def test_128k_tokens_prefill_with_sequence_parallelism():
     assert found.temporaries < 1e9  # no logits, no [T,T]
     large = kinds(found.program, 1 << 22)
     assert set(large) == {("all-gather", 32), ("all-reduce", 8)}  # keys and values over the sequence, activations over the tensor axis
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_mixtral_trains_with_expert_parallelism():
+    """Tokens are gathered over the expert axis and their results scattered back: twice a layer forward, recomputed, and backward. Expert
+    weights are gathered over fsdp alone, and no result is reduced as a whole."""
+    config = MixtralConfig.from_dict({"sliding_window": None, "tie_word_embeddings": False})
+    found = plan(config, topology="v5p:4x4x4", mesh={"fsdp": 8, "expert": 8}, job="train", batch=64, length=2048)
+    assert found.fits and found.parameters == 46_702_792_704
+    large = [c for c in found.program.collectives if c.bytes >= 1 << 26]
+    assert {c.kind for c in large} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    expert_bytes = 4096 * 14336 * 2
+    assert all(c.bytes <= 3 * expert_bytes and c.group == 8 for c in large if c.kind == "all-gather")  # one expert's weights, never all
+    assert sum(c.count * c.bytes for c in large if c.kind == "all-reduce") < 2e9

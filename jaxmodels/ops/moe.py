@@ -50,6 +50,21 @@ def top_k_softmax(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jax.nn.softmax(top.astype(jnp.float32), -1).astype(logits.dtype), chosen
 
 
+def sparse_mixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, jax.Array]:
+    """SparseMixer (arXiv:2409.12136) as it runs after training: k times the best of the experts that are left, weighted, in float32, by its
+    probability among those whose logits are within 2 * `jitter` of it, relative to the larger magnitude."""
+    logits = logits.astype(jnp.float32)
+    left, weights, chosen = logits, [], []
+    for _ in range(k):
+        best = jnp.max(left, -1, keepdims=True)
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        first = jnp.argmax(left, -1, keepdims=True)
+        weights.append(jnp.take_along_axis(jax.nn.softmax(jnp.where(far, -jnp.inf, left), -1), first, -1))
+        chosen.append(first)
+        left = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, left)
+    return jnp.concatenate(weights, -1), jnp.concatenate(chosen, -1)
+
+
 def keep_groups(scores: jax.Array, groups: int, kept: int, best: int = 1, fill: float = -jnp.inf) -> jax.Array:
     """Scores [..., E] with `fill` for experts outside the `kept` of `groups` equal groups whose `best` highest scores sum highest
     (DeepSeek's limit on the machines that a token visits, arXiv:2405.04434 and 2412.19437)."""
@@ -94,18 +109,17 @@ def mix_experts(
 
     mlp(x, params, dot): one expert as seen by itself, with every product written `dot(x, weight, bias=None)` for a weight [E,O,I] and a
     bias [E,O] of `params`, a tree whose leaves begin with the E axis. It must be the same function of every row and close over no array.
-    implementation: `ragged_dot` (default) or `dense`. rules: where the mesh axis of `experts` has several devices, each computes its
-    own experts. scale_input: the weights multiply x instead of the result."""
+    implementation: `ragged_dot` (default) or `dense`. rules: x is [B,T,D], and every device of the mesh
+    computes its own tokens and experts. scale_input: the weights multiply x instead of the result."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"experts_implementation {implementation!r} is not known; known are {', '.join(IMPLEMENTATIONS)}")
-    tokens = x.reshape(-1, x.shape[-1])
-    weights, chosen = weights.reshape(-1, weights.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
-    E = jax.tree.leaves(params)[0].shape[0]
     run = partial(_dense if implementation == "dense" else _ragged, mlp, scale_input)
-    axis = None if rules is None or implementation == "dense" else rules.spec(("experts",), (E,))[0]
-    if axis is not None and math.prod(rules.mesh.shape[a] for a in np.atleast_1d(axis)) > 1:
-        run = partial(_own_experts, run, rules.mesh, axis)
-    return run(params, tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
+    if rules is None or implementation == "dense":
+        rows = lambda a: a.reshape(-1, a.shape[-1])
+        return run(params, rows(x), rows(weights), rows(chosen)).astype(x.dtype).reshape(x.shape)
+    # cast before they are gathered; biases are added in float32
+    cast = jax.tree.map(lambda w: w.astype(x.dtype) if w.ndim == 3 else w, params)
+    return _on_mesh(run, rules, cast, x, weights, chosen).astype(x.dtype)
 
 
 def _dense(mlp: Any, scale_input: bool, params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -127,56 +141,57 @@ def _ragged(mlp: Any, scale_input: bool, params: Any, x: jax.Array, weights: jax
     (S, k), E = chosen.shape, jax.tree.leaves(params)[0].shape[0]
     flat = jnp.where((chosen >= 0) & (chosen < E), chosen, E).reshape(-1)
     order = jnp.argsort(flat)
-    expert = flat[order]  # [P], rising
     sizes = jnp.sum(flat[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
-    share = jnp.where(expert < E, weights.reshape(-1)[order], 0)[:, None]  # [P, 1]
+    share = weights.reshape(-1)[order][:, None]  # [P, 1]
     rows = x[order // k]
-
-    def dot(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        y = grouped_linear(x, weight.astype(x.dtype), sizes)
-        return y if bias is None else (y + bias[jnp.minimum(expert, E - 1)].astype(jnp.float32)).astype(x.dtype)
-
-    if scale_input:
-        y = mlp(rows * share.astype(x.dtype), params, dot).astype(jnp.float32)
-        y = jnp.where(expert[:, None] < E, y, 0)
-    else:
-        y = mlp(rows, params, dot).astype(jnp.float32) * share.astype(jnp.float32)
+    rows = rows * share.astype(x.dtype) if scale_input else rows
+    # XLA:CPU expands ragged_dot to every expert times every row
+    y = lax.platform_dependent(params, rows, sizes, cpu=partial(_tiled, mlp), default=partial(_grouped, mlp)).astype(jnp.float32)
+    y = y if scale_input else y * share.astype(jnp.float32)
+    y = jnp.where(flat[order][:, None] < E, y, 0)
     return jnp.sum(y[jnp.argsort(order)].reshape(S, k, -1), 1)
 
 
-def _own_experts(run: Any, mesh: Any, axis: Any, params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Every device of `axis` sees all tokens, computes those of its own experts, and the results are added up."""
+def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Every device sorts its own tokens of x [B,T,D]. Along mesh axes that split the experts, tokens are gathered, each device computes
+    those of its own experts, and the results are added up and go back to where the tokens live."""
+    axes = lambda entry: () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    split = rules.spec(("experts",), jax.tree.leaves(params)[0].shape[:1])[0]
+    spec = rules.spec(("batch", "seq", None), x.shape)
+    experts, tokens = axes(split), axes(spec[0]) + axes(spec[1])
+    both, alone = tuple(a for a in experts if a in tokens), tuple(a for a in experts if a not in tokens)
 
     def local(params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-        mine = jax.tree.leaves(params)[0].shape[0]
-        return lax.psum(run(params, x, weights, chosen - lax.axis_index(axis) * mine), axis)
+        def gather(a: jax.Array) -> jax.Array:
+            rows = a.reshape(-1, a.shape[-1])
+            return lax.all_gather(rows, both, axis=0, tiled=True) if both else rows
 
-    split, whole = PartitionSpec(axis), PartitionSpec()
-    names = {axis} if isinstance(axis, str) else set(axis)
-    local = jax.shard_map(local, mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=whole, axis_names=names, check_vma=False)
-    return local(params, x, weights, chosen)
+        first = lax.axis_index(experts) * jax.tree.leaves(params)[0].shape[0] if experts else 0
+        y = run(params, gather(x), gather(weights), gather(chosen) - first)
+        y = lax.psum(y, alone) if alone else y
+        return (lax.psum_scatter(y, both, scatter_dimension=0, tiled=True) if both else y).reshape(x.shape)
 
-
-# ---- products of sorted rows -----------------------------------------------------------------------------------------
-
-
-@jax.custom_vjp
-def grouped_linear(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x [P,I], rows sorted by expert, times their experts' weight [E,O,I] transposed; sizes [E] int32 rows each. [P,O] in x.dtype, zero
-    after the last expert's rows. On CPU, where XLA expands `ragged_dot` to every expert times every row, a loop over tiles of rows."""
-    return lax.platform_dependent(x, weight, sizes, cpu=_tiled, default=_ragged_dot).astype(x.dtype)
-
-
-def _ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    return lax.ragged_dot(x, jnp.swapaxes(weight, 1, 2), sizes, preferred_element_type=jnp.float32)
+    names = {*experts, *tokens}
+    if not names:
+        return local(params, x, weights, chosen)
+    specs = (PartitionSpec(split), spec, spec, spec)
+    return jax.shard_map(local, mesh=rules.mesh, in_specs=specs, out_specs=spec, axis_names=names, check_vma=False)(
+        params, x, weights, chosen
+    )
 
 
-_ROWS = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())  # contracts the rows of each expert
+# ---- rows that are sorted by expert -----------------------------------------------------------------------------------
+# Both: mlp of x [P,D], whose first rows are sizes[0] of expert 0, the next sizes[1] of expert 1, …; [P,D] in x.dtype.
 
 
-def _weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[E,O,I]: the sum over each expert's rows of dy [P,O] times x [P,I]."""
-    return lax.ragged_dot_general(dy, x, sizes, _ROWS, preferred_element_type=jnp.float32)
+def _grouped(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
+
+    def dot(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        y = lax.ragged_dot(x, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes, preferred_element_type=jnp.float32)
+        return (y if bias is None else y + bias[expert].astype(jnp.float32)).astype(x.dtype)
+
+    return mlp(x, params, dot)
 
 
 class _Tiles:
@@ -184,59 +199,61 @@ class _Tiles:
 
     def __init__(self, sizes: jax.Array, rows: int) -> None:
         per_expert = rows / sizes.shape[0]
-        self.M = 1 if per_expert <= 2 else min(128, 1 << max(3, math.ceil(math.log2(per_expert))))  # fewer rows than 8 gain nothing
+        self.M = 1 if per_expert <= 4 else min(128, 1 << max(3, math.ceil(math.log2(per_expert))))  # fewer rows than 8 gain nothing
         self.count = (sizes + self.M - 1) // self.M
         self.ends, self.sizes, self.starts = jnp.cumsum(self.count), sizes, jnp.cumsum(sizes) - sizes
 
     def __getitem__(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tile i's expert, its first row, and how many of its M rows are the expert's."""
-        e = jnp.searchsorted(self.ends, i, side="right").astype(jnp.int32)
+        """Tile i's expert, its first row, and which [M,1] of its rows are the expert's."""
+        e = jnp.sum(self.ends <= i, dtype=jnp.int32)
         done = (i - (self.ends[e] - self.count[e])) * self.M
-        return e, self.starts[e] + done, jnp.minimum(self.sizes[e] - done, self.M)
-
-    def cut(self, x: jax.Array, row: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, row, self.M, 0)
+        return e, self.starts[e] + done, jnp.arange(self.M)[:, None] < self.sizes[e] - done
 
     def pad(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, self.M - 1), (0, 0)))
 
+    def cut(self, x: jax.Array, row: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, row, self.M, 0)
 
-def _tiled(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+
+def _one(params: Any, e: jax.Array) -> Any:
+    return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, 0, keepdims=False), params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Reads an expert once for every tile of rows that it has; the gradient runs the tiles again."""
     tiles = _Tiles(sizes, len(x))
     padded = tiles.pad(x)
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         e, row, real = tiles[i]
-        new = linear(tiles.cut(padded, row), lax.dynamic_index_in_dim(weight, e, 0, keepdims=False))
-        new = jnp.where(jnp.arange(tiles.M)[:, None] < real, new, 0)
+        new = jnp.where(real, mlp(tiles.cut(padded, row), _one(params, e), linear), 0)
         return lax.dynamic_update_slice_in_dim(y, new, row, 0)  # the next expert's tile writes over the excess
 
-    y = jnp.zeros((len(padded), weight.shape[1]), x.dtype)
-    return lax.fori_loop(0, tiles.ends[-1], body, y)[: len(x)].astype(jnp.float32)
+    return lax.fori_loop(0, tiles.ends[-1], body, jnp.zeros_like(padded))[: len(x)]
 
 
-def _tiled_weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+def _forward(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> tuple:
+    return _tiled(mlp, params, x, sizes), (params, x, sizes)
+
+
+def _backward(mlp: Any, saved: tuple, dy: jax.Array) -> tuple:
+    params, x, sizes = saved
     tiles = _Tiles(sizes, len(x))
-    rows, grads = tiles.pad(x), tiles.pad(dy)
+    padded, grads = tiles.pad(x), tiles.pad(dy)
 
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        dparams, dx = carry
         e, row, real = tiles[i]
-        dy = jnp.where(jnp.arange(tiles.M)[:, None] < real, tiles.cut(grads, row), 0)
-        new = jnp.einsum("po,pi->oi", dy.astype(jnp.float32), tiles.cut(rows, row).astype(jnp.float32))
-        return lax.dynamic_update_index_in_dim(dw, lax.dynamic_index_in_dim(dw, e, 0, keepdims=False) + new, e, 0)
+        pull = jax.vjp(lambda w, x: mlp(x, w, linear), _one(params, e), tiles.cut(padded, row))[1]
+        dw, new = pull(jnp.where(real, tiles.cut(grads, row), 0))
+        add = lambda whole, part, dw: lax.dynamic_update_index_in_dim(whole, part + dw.astype(whole.dtype), e, 0)
+        return jax.tree.map(add, dparams, _one(dparams, e), dw), lax.dynamic_update_slice_in_dim(dx, new, row, 0)
 
-    return lax.fori_loop(0, tiles.ends[-1], body, jnp.zeros((len(sizes), dy.shape[1], x.shape[1]), jnp.float32))
-
-
-def _forward(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> tuple:
-    return grouped_linear(x, weight, sizes), (x, weight, sizes)
-
-
-def _backward(saved: tuple, dy: jax.Array) -> tuple:
-    x, weight, sizes = saved
-    dx = grouped_linear(dy, jnp.swapaxes(weight, 1, 2), sizes)
-    dw = lax.platform_dependent(x, dy, sizes, cpu=_tiled_weight_gradient, default=_weight_gradient)
-    return dx, dw.astype(weight.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
+    start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+    dparams, dx = lax.fori_loop(0, tiles.ends[-1], body, (start, jnp.zeros_like(padded)))
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), dparams, params), dx[: len(x)], np.zeros(sizes.shape, jax.dtypes.float0)
 
 
-grouped_linear.defvjp(_forward, _backward)
+_tiled.defvjp(_forward, _backward)
