@@ -41,6 +41,7 @@ FAMILIES: dict[str, str | Family] = {
     "gpt_oss": "jaxmodels.models.gpt_oss",
     "gptj": "jaxmodels.models.gptj",
     "granite": "jaxmodels.models.granite",
+    "jamba": "jaxmodels.models.jamba",
     "llama": "jaxmodels.models.llama",
     "mamba": "jaxmodels.models.mamba",
     "mistral": "jaxmodels.models.mistral",
