@@ -47,7 +47,7 @@ _PUBLIC = {
     "ops.precision": ("parity_mode",),
     "params": ("abstract_params", "count_params", "flatten", "init_params", "param_axes", "unflatten"),
     "processing": ("AutoTokenizer",),
-    "sharding": ("Rules", "make_mesh"),
+    "sharding": ("Rules", "explain", "make_mesh"),
     "training": ("TrainState", "make_train_step"),
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -2,7 +2,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxmodels.sharding import Rules, make_mesh, resolve_rules
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.sharding import Rules, explain, make_mesh, resolve_rules
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,36 @@ def test_choices(mesh):
         resolve_rules("tensro", mesh)
     with pytest.raises(ValueError, match="needs a mesh"):
         resolve_rules("tensor", None)
+
+
+def test_explain(mesh):
+    """Where everything lives, and why two kv heads stay whole on four devices."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    told = explain(LlamaForCausalLM(config), mesh, "fsdp+tensor").splitlines()
+    lines = {line.split()[0]: line for line in told}
+    assert "[heads 64 / tensor, embed 64 / fsdp]  2,048 B" in lines["model.layers.0.self_attn.q_proj.weight"]
+    assert "kv_heads: 2 heads of 16 over tensor = 4 does not divide" in lines["model.layers.0.self_attn.k_proj.weight"]
+    held = sum(int(line.split("]")[1].split()[0].replace(",", "")) for line in told[:-1])
+    assert told[-1].startswith(f"in all {held:,} of ") and told[-1].endswith("on each of 8 devices (fsdp=2, tensor=4)")
+    with pytest.raises(ValueError, match="explain needs rules"):
+        explain(LlamaForCausalLM(config))
+
+
+def test_unknown_mesh_axes_are_refused(mesh):
+    with pytest.raises(ValueError, match=r"the rules name mesh axes \['tensro'\]"):
+        Rules(mesh, (("heads", ("tensro",)),))
+
+
+def test_several_slices():
+    """The first axis crosses the slices, the others stay inside one."""
+
+    class Device:  # what a mesh looks at of a device of a multi-slice TPU job, which no machine here has
+        def __init__(self, n):
+            self.id, self.slice_index, self.process_index, self.platform, self.device_kind = n, n // 4, n // 4, "cpu", "cpu"
+
+    grid = make_mesh([Device(n) for n in range(8)], data=4, tensor=2).devices
+    assert [[d.slice_index for d in row] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="must be a multiple of that number"):
+        make_mesh([Device(n) for n in range(8)], data=1, tensor=8)
