@@ -23,11 +23,14 @@ from jax import lax
 from jaxmodels.cache import Cache, init_cache
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
+from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, read_both
+from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
 from jaxmodels.generation.seq2seq import decoder_prompt
+from jaxmodels.generation.states import check_states, read_states
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.strategies import build_strategy, check, contrastive
 from jaxmodels.model import check_ids
@@ -73,6 +76,17 @@ class GenerateOutput(ModelOutput):
     lengths: Any = None
     sequences_scores: Any = None
     beam_indices: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+    def with_states(self, model: Any, params: Any, real: Any, size: int, hidden_states: bool, attentions: bool) -> GenerateOutput:
+        """With `hidden_states` and `attentions` as read_states gives them; `real` [B,T] of the prompt, `size` a bucket for all columns."""
+        new = self.sequences.shape[1] - real.shape[1]
+        xp: Any = jnp if isinstance(self.lengths, jax.core.Tracer) else np
+        real = xp.repeat(xp.asarray(real), len(self.sequences) // len(real), 0)
+        real = xp.concatenate([real, np.arange(new) < self.lengths[:, None]], 1)
+        hidden, weights = read_states(model, params, self.sequences, real, new, size, hidden_states, attentions)
+        return self.replace(hidden_states=hidden, attentions=weights)  # type: ignore[attr-defined]
 
     @property
     def past_key_values(self) -> TurnCache | None:
@@ -113,6 +127,7 @@ def generate(
     negative_prompt_ids: Any = None,
     negative_prompt_attention_mask: Any = None,
     tokenizer: Any = None,
+    grammar: Grammar | None = None,
     **overrides: Any,
 ) -> GenerateOutput:
     """Continue input_ids [B,T]: HF's `generate`, greedy or, with do_sample=True, sampling.
@@ -125,7 +140,9 @@ def generate(
     logits_processor, stopping_criteria: lists of processors and followers of this package, or of functions as HF's, on numpy arrays:
     `(input_ids [B,T], scores [B,V]) -> scores` and `(input_ids, None) -> bool [B]`. prefix_allowed_tokens_fn: `(batch_id, input_ids [T])
     -> ids`; mask_fn: `(input_ids [B,T]) -> allowed [B,V]`. Another function compiles nothing. negative_prompt_ids [B,T']: what
-    guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing.
+    guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing. grammar: what the
+    generated text of every row must be; see Grammar. output_hidden_states and output_attentions are of the returned sequences, and read
+    after the loop; see read_states.
 
     Of an encoder-decoder model input_ids and attention_mask are the encoder's, read once; the sequences are the decoder's. They begin with
     decoder_start_token_id, perhaps followed by decoder_input_ids [B,T]. With a cache, which holds what the encoder read, input_ids is None.
@@ -137,6 +154,11 @@ def generate(
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
     check(config, model.config, streamer)
+    if config.output_hidden_states or config.output_attentions:
+        check_states(model.config, cache)
+    if config.token_healing:
+        again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
+        input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
     source = None
     if model.config.is_encoder_decoder:
         if cache is None:
@@ -151,12 +173,16 @@ def generate(
         raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
     negative = None
     if config.guidance_scale not in (None, 1.0):
+        if source is not None:
+            raise ValueError("guidance_scale compares two prompts of a decoder: it does not go with an encoder-decoder model")
         negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
     criteria = stopping_criteria
     if deadline is not None and config.num_beams > 1:
         criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
     called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, config.num_beams, traced)
     stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
+    if grammar is not None:
+        stops = (grammar, *stops)
     enable_compilation_cache()
 
     unread = int(isinstance(cache, TurnCache))
@@ -173,8 +199,8 @@ def generate(
         streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
     with called() as own:
         processors = build_processors(
-            config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), allowed=own.allowed, custom=own.custom,
-            vocab_size=model.config.vocab_size,
+            config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,
+            allowed=own.allowed if grammar is None else (GrammarMask(eos), *own.allowed), vocab_size=model.config.vocab_size,
         )  # fmt: skip
         strategy = build_strategy(config, model.config, processors, eos, pad, key, limit, bucket(limit))
         decode = partial(_decode, model, params, strategy)
@@ -187,7 +213,10 @@ def generate(
             state, report = decode(state, np.int32(limit))
         else:
             state, report = _chunks(decode, state, report, limit, streamer, deadline)
-        return _output(ids, state, report, limit, pad)
+        output = _output(ids, state, report, limit, pad)
+    if not (config.output_hidden_states or config.output_attentions):
+        return output
+    return output.with_states(model, params, real, bucket(T + limit - 1), bool(config.output_hidden_states), bool(config.output_attentions))
 
 
 def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Array, jax.Array] | None = None) -> Forward:
