@@ -35,13 +35,35 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "min_length": 0, "eos_t
 class Inputs:
     """input_ids and attention_mask [B,T], padded with arbitrary ids; `new_tokens` are then decoded greedily.
 
-    others: what else the model takes, [B,T] by name. masked: for a masked language model, whose labels are of the tokens themselves."""
+    others: what else the model takes, [B,T] by name. masked: for a masked language model, whose labels are of the tokens themselves.
+    decoder: of an encoder-decoder model, what its decoder reads; logits and labels are of these."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     new_tokens: int = 16
     others: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     masked: bool = False
+    decoder: Inputs | None = None
+
+    @property
+    def others_padded(self) -> dict[str, np.ndarray]:
+        """What our model takes beside input_ids, attention_mask and labels."""
+        read = self.decoder
+        decoder = {} if read is None else {"decoder_input_ids": read.input_ids, "decoder_attention_mask": read.attention_mask}
+        return {**self.others, **decoder}
+
+    def alone(self, b: int) -> dict[str, np.ndarray]:
+        """Row b without its padding, [n] each, by the model's names."""
+        real = lambda x, mask: x[b][mask[b] == 1]
+        found = {name: real(x, self.attention_mask) for name, x in {"input_ids": self.input_ids, **self.others}.items()}
+        return found if self.decoder is None else found | {"decoder_input_ids": self.decoder.alone(b)["input_ids"]}
+
+    def targets(self, b: int) -> np.ndarray:
+        """[n] of row b without its padding: what each of its logits stands for, -100 for nothing."""
+        if self.decoder is not None:
+            return self.decoder.targets(b)
+        labels = self.labels[b][self.attention_mask[b] == 1]
+        return labels if self.masked else np.append(labels[1:], -100)
 
     def rows(self) -> Iterator[np.ndarray]:
         """The real tokens of each row."""
@@ -50,7 +72,10 @@ class Inputs:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the tokens that follow another: padding before a row's first token predicts nothing. Masked: of every third token."""
+        """As the model takes them. Of the tokens that follow another: padding before a row's first token predicts nothing. Masked: of every
+        third token. Of an encoder-decoder model in the place of the token before."""
+        if self.decoder is not None:
+            return np.pad(self.decoder.labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         follows = np.pad(self.attention_mask[:, :-1], ((0, 0), (1, 0))) * self.attention_mask
         chosen = self.attention_mask * (np.cumsum(self.attention_mask, 1) % 3 == 1) if self.masked else follows
         return np.where(chosen == 1, self.input_ids, -100)
@@ -58,13 +83,15 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What one side says. `hidden`: the embeddings and what each layer gives, [R,D] each, the last after the final norm; logits [R,V];
-    greedy [B,new_tokens]; gradients of the mean next-token loss over all rows by the file's key, a sample of each."""
+    """What one side says. `hidden`: the embeddings and what each layer gives, [R,D] each, the last after the final norm, for every stack
+    (an encoder, its decoder); logits [R,V]; greedy [B,new_tokens]; gradients of the mean next-token loss over all rows by the file's key, a
+    sample of each. `encoder`: how many of the hidden states are an encoder's."""
 
     hidden: tuple[np.ndarray, ...]
     logits: np.ndarray
     greedy: np.ndarray | None = None
     gradients: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    encoder: int = 0
 
 
 def hostile_inputs(vocab_size: int, max_length: int = 300, new_tokens: int = 16, seed: int = 0) -> Inputs:
@@ -74,6 +101,19 @@ def hostile_inputs(vocab_size: int, max_length: int = 300, new_tokens: int = 16,
     lengths = np.array([T, T * 7 // 10 + 1, T * 3 // 10 + 3, 7])
     ids = rng.integers(0, vocab_size, (4, T), dtype=np.int32)
     return Inputs(ids, (np.arange(T) >= T - lengths[:, None]).astype(np.int32), new_tokens)
+
+
+def with_decoder(inputs: Inputs, vocab_size: int) -> Inputs:
+    """For an encoder-decoder model: its decoder reads other rows, long ones where the encoder's are short."""
+    shorter = hostile_inputs(vocab_size, inputs.input_ids.shape[1] * 3 // 7, seed=1)
+    return dataclasses.replace(inputs, decoder=Inputs(shorter.input_ids[::-1], shorter.attention_mask[::-1]))
+
+
+def _stacks(out: Any) -> list[tuple[Any, ...]]:
+    """The hidden states of every stack of a model."""
+    if hasattr(out, "encoder_hidden_states"):
+        return [out.encoder_hidden_states, out.decoder_hidden_states]
+    return [out.hidden_states]
 
 
 def _sample(gradient: np.ndarray) -> np.ndarray:
@@ -103,28 +143,28 @@ def torch_answers(model: Any, inputs: Inputs, *, greedy: bool = True, gradients:
 
     hidden, logits, tokens = [], [], []
     predicted = int((inputs.labels != -100).sum())
-    ahead = 0 if inputs.masked else 1  # how far a label is ahead of its logits
+    as_torch = lambda x: torch.tensor(x, dtype=torch.long)
     model.zero_grad()
-    for b, real in enumerate(inputs.attention_mask.astype(bool)):
-        row = inputs.input_ids[b][real]
-        alone = lambda x: torch.tensor(x[b][real][None], dtype=torch.long)  # noqa: B023
-        ids, others = alone(inputs.input_ids), {name: alone(x) for name, x in inputs.others.items()}
+    for b in range(len(inputs.input_ids)):
+        row = {name: as_torch(x[None]) for name, x in inputs.alone(b).items()}
         with fresh_rope(model), torch.set_grad_enabled(gradients):
-            out = model(input_ids=ids, **others, output_hidden_states=True, use_cache=False)
+            out = model(**row, output_hidden_states=True, use_cache=False)
             if gradients:
-                of_labels = out.logits[0, : len(row) - ahead].float()
-                loss = torch.nn.functional.cross_entropy(of_labels, alone(inputs.labels)[0, ahead:], reduction="sum")
+                loss = torch.nn.functional.cross_entropy(out.logits[0].float(), as_torch(inputs.targets(b)), reduction="sum")
                 (loss / predicted).backward()
-        hidden.append([h[0].detach().double().numpy() for h in out.hidden_states])
+        stacks = _stacks(out)
+        hidden.append([h[0].detach().double().numpy() for stack in stacks for h in stack])
         logits.append(out.logits[0].detach().double().numpy())
         if greedy:
             with fresh_rope(model), _plain_generation(model, inputs.new_tokens) as options:
-                tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(row) :].numpy())
+                ids = row["input_ids"]
+                tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, -inputs.new_tokens :].numpy())
     return Answers(
         tuple(np.concatenate(parts) for parts in zip(*hidden)),
         np.concatenate(logits),
         np.stack(tokens) if greedy else None,
         _torch_gradients(model) if gradients else {},
+        sum(map(len, stacks[:-1])),
     )
 
 
@@ -135,7 +175,8 @@ def _plain_generation(model: Any, new_tokens: int) -> Iterator[dict[str, Any]]:
     from transformers import GenerationConfig
 
     kind = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
-    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=own.decoder_start_token_id)
     yield {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": kind not in ("dynamic", "longrope")}
     model.generation_config = own
 
@@ -147,7 +188,7 @@ def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
     import torch
     from safetensors import safe_open
 
-    values = {p: p.data for p in model.parameters()}
+    values = {p: p.data for p in (*model.parameters(), *model.buffers())}
     sampled: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as directory:
         for p in values:
@@ -165,11 +206,11 @@ def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def program(model: Any, gradients: bool) -> Any:
-    """Jitted: (params, input_ids, attention_mask, labels, other inputs) -> (hidden states, logits), gradients or None."""
+    """Jitted: (params, input_ids, attention_mask, labels, other inputs) -> (hidden states of each stack, logits), gradients or None."""
 
     def run(params: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array, others: dict[str, jax.Array]) -> tuple[jax.Array, tuple]:
         out = model.apply({"params": params}, ids, attention_mask=mask, labels=labels, output_hidden_states=True, **others)
-        return out.loss, (out.hidden_states, out.logits)
+        return out.loss, (_stacks(out), out.logits)
 
     both = jax.value_and_grad(run, has_aux=True)
     return jax.jit(lambda *x: ((y := both(*x))[0][1], y[1]) if gradients else (run(*x)[1], None))
@@ -184,15 +225,17 @@ def our_answers(model: Any, params: Any, inputs: Inputs, *, greedy: bool = True,
     ids, mask = inputs.input_ids, inputs.attention_mask
     tokens, sampled = None, {}
     with parity_mode():
-        (hidden, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels, dict(inputs.others))
+        (stacks, logits), tree = program(model, gradients)(params, ids, mask, inputs.labels, inputs.others_padded)
         if greedy:
             result = generate(model, params, ids, mask, max_new_tokens=inputs.new_tokens, **GREEDY)  # type: ignore[arg-type]
-            tokens = np.asarray(result.sequences[:, ids.shape[1] :])
+            tokens = np.asarray(result.sequences[:, -inputs.new_tokens :])
     if gradients:
         rules, prefix = conversion_of(model)
         sampled = {key: _sample(tensor.read()) for key, tensor in unload(flatten(tree), rules=rules, base_prefix=prefix).items()}
-    wide = lambda x: np.asarray(x, np.float32)[mask == 1].astype(np.float64)
-    return Answers(tuple(wide(h) for h in hidden), wide(logits), tokens, sampled)
+    wide = lambda x, mask: np.asarray(x, np.float32)[mask == 1].astype(np.float64)
+    masks = [mask] if inputs.decoder is None else [mask, inputs.decoder.attention_mask]
+    hidden = tuple(wide(h, real) for stack, real in zip(stacks, masks, strict=True) for h in stack)
+    return Answers(hidden, wide(logits, masks[-1]), tokens, sampled, sum(map(len, stacks[:-1])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +317,13 @@ def _row(name: str, ours: np.ndarray, torch: np.ndarray, torch64: np.ndarray | N
 
 def compare(ours: Answers, torch: Answers, torch64: Answers | None = None) -> Report:
     """Row by row, with the tolerances of float32; gradients by name: |difference| <= 1e-4 max(|g|, 1e-3 |all gradients|)."""
-    n = len(torch.hidden) - 1
-    if len(ours.hidden) != n + 1:
-        raise ValueError(f"ours has {len(ours.hidden)} hidden states, torch {n + 1}")
-    names = ["embeddings", *(f"layer {i}" for i in range(n - 1)), f"layer {n - 1} + norm"]
-    wide = [None] * (n + 1) if torch64 is None else torch64.hidden
+    n, E = len(torch.hidden), torch.encoder
+    if (len(ours.hidden), ours.encoder) != (n, E):
+        count = lambda answers: f"{len(answers.hidden)}" + (f" ({answers.encoder} of an encoder)" if answers.encoder else "")
+        raise ValueError(f"ours has {count(ours)} hidden states, torch {count(torch)}")
+    stack = lambda n: ["embeddings", *(f"layer {i}" for i in range(n - 2)), f"layer {n - 2} + norm"]
+    names = [f"encoder {name}" for name in stack(E)] + [f"decoder {name}" for name in stack(n - E)] if E else stack(n)
+    wide = [None] * n if torch64 is None else torch64.hidden
     layers = tuple(_row(*x) for x in zip(names, ours.hidden, torch.hidden, wide))
     logits = _row("logits", ours.logits, torch.logits, None if torch64 is None else torch64.logits)
     greedy: tuple[int, ...] = ()
@@ -308,7 +353,9 @@ def _load_torch(path: Path) -> Any:
             f"parity runs the checkpoint in torch too, and {error.name} is not installed: pip install 'jaxmodels[test]', "
             "or run `parity record` on a machine that has it and `parity check` here"
         ) from error
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    config = transformers.AutoConfig.from_pretrained(path)
+    cls = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = cls.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     return model.eval().requires_grad_(True)
 
 
@@ -322,13 +369,14 @@ def _inputs_for(path: Path) -> Inputs:
 
     config = AutoConfig.from_pretrained(path)
     new = 16
-    return hostile_inputs(config.vocab_size, min(300, getattr(config, "max_position_embeddings", 300) - new), new)
+    inputs = hostile_inputs(config.vocab_size, min(300, getattr(config, "max_position_embeddings", 300) - new), new)
+    return with_decoder(inputs, config.vocab_size) if config.is_encoder_decoder else inputs
 
 
 def _ours(path: Path, inputs: Inputs, gradients: bool) -> Answers:
-    from jaxmodels.auto import AutoModelForCausalLM
+    from jaxmodels.auto import AutoConfig, text_task
 
-    model, params = AutoModelForCausalLM.from_pretrained(path, dtype=jnp.float32)
+    model, params = text_task(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=jnp.float32)
     return our_answers(model, params, inputs, gradients=gradients)
 
 
@@ -355,6 +403,7 @@ def record(path: str | Path, file: str | Path, *, gradients: bool = True, **hub:
     import transformers
 
     tensors = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "greedy": torch32.greedy.astype(np.int32)}  # type: ignore[union-attr]
+    tensors |= {"encoder": np.array([torch32.encoder]), **inputs.others_padded}
     for prefix, answers in (("torch32", torch32), ("torch64", torch64)):
         tensors |= {f"{prefix}.hidden.{i}": h.astype(np.float32) for i, h in enumerate(answers.hidden)}
         tensors[f"{prefix}.logits"] = answers.logits.astype(np.float32)
@@ -378,12 +427,14 @@ def check(path: str | Path, file: str | Path, **hub: Any) -> Report:
     if found != FORMAT:
         raise CheckpointError(f"{file} has format {found!r}, expected {FORMAT!r}: a file that `parity record` wrote")
     new = tensors["greedy"].shape[1]
-    inputs = Inputs(tensors["input_ids"], tensors["attention_mask"], new)
+    decoder = Inputs(tensors["decoder_input_ids"], tensors["decoder_attention_mask"]) if "decoder_input_ids" in tensors else None
+    inputs = Inputs(tensors["input_ids"], tensors["attention_mask"], new, decoder=decoder)
     gradients = {key.removeprefix("gradient."): g for key, g in tensors.items() if key.startswith("gradient.")}
 
     def answers(prefix: str) -> Answers:
         n = sum(key.startswith(f"{prefix}.hidden.") for key in tensors)
         hidden = tuple(tensors[f"{prefix}.hidden.{i}"].astype(np.float64) for i in range(n))
-        return Answers(hidden, tensors[f"{prefix}.logits"].astype(np.float64), tensors["greedy"], gradients)
+        logits = tensors[f"{prefix}.logits"].astype(np.float64)
+        return Answers(hidden, logits, tensors["greedy"], gradients, sum(tensors.get("encoder", ())))
 
     return compare(_ours(resolve(path, **hub), inputs, bool(gradients)), answers("torch32"), answers("torch64"))

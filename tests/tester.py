@@ -44,11 +44,17 @@ from jaxmodels.sharding import Rules, make_mesh
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
+def stored_buffers(model):
+    """{name: tensor} of the buffers with numbers that a file holds beside the parameters: ours are parameters too."""
+    names = {f"{path}.{name}" for path, module in model.named_modules() for name in module._non_persistent_buffers_set}
+    return {name: b for name, b in model.named_buffers() if name not in names and b.is_floating_point()}
+
+
 def sensitive(model, seed=0):
     """The torch model with every parameter perturbed: weights with a standard deviation of 0.15, norms and biases moved by 0.3."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *stored_buffers(model).values()):
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(0.15 * noise if p.ndim > 1 else p + 0.3 * noise)
     model.tie_weights()
@@ -109,12 +115,18 @@ class Case:
     @classmethod
     def make(cls, hf_config, path, greedy=True, task="AutoModelForCausalLM", others=()):
         """others: names of further inputs and how many values each has."""
-        hf = sensitive(getattr(transformers, task).from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
+        hf = cls.perturbed(getattr(transformers, task).from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
         hf.save_pretrained(path)
         inputs = parity.hostile_inputs(hf_config.vocab_size, 300, new_tokens=8)
         values = random_others(dict(others), inputs.input_ids.shape)
         inputs = dataclasses.replace(inputs, others=values, masked=task == "AutoModelForMaskedLM")
+        if hf_config.is_encoder_decoder:
+            inputs = parity.with_decoder(inputs, hf_config.vocab_size)
         return cls(hf, Path(path), inputs, greedy, task)
+
+    @staticmethod
+    def perturbed(hf):
+        return sensitive(hf)
 
     def load(self, path=None, **options):
         return auto.from_pretrained(path or self.path, getattr(auto, self.task), **{"dtype": jnp.float32, **options})
@@ -162,8 +174,12 @@ class Case:
         error = lambda x: float(np.sqrt(np.mean((x - truth) ** 2)))
         return error(ours) / error(theirs)
 
-    def torch_logits(self, row):
-        """[n,V] of one row of tokens [n], by a fresh torch forward."""
+    def turn(self, tokens, mask):
+        """The model's keywords for new tokens [B,T] in a cache."""
+        return {"input_ids": tokens, "attention_mask": mask}
+
+    def torch_logits(self, row, b=0):
+        """[n,V] of one row of tokens [n], row b of the batch, by a fresh torch forward."""
         with torch.no_grad(), parity.fresh_rope(self.hf):
             return self.hf(torch.tensor(row[None], dtype=torch.long), use_cache=False).logits[0].numpy()
 
@@ -180,17 +196,54 @@ class Case:
             chunk, mask = np.ones((len(ids), T), np.int32), np.zeros((len(ids), T), np.int32)
             for b, n in enumerate(new):
                 chunk[b, T - n :], mask[b, T - n :] = ids[b, done[b] : done[b] + n], 1
-            out = forward(params, {"input_ids": chunk, "attention_mask": mask, "cache": cache})
+            out = forward(params, {**self.turn(chunk, mask), "cache": cache})
             cache = out.cache
             for b, n in enumerate(new):
                 logits[b].append(np.asarray(out.logits)[b, T - n :])
             done += new
         np.testing.assert_array_equal(cache.lengths, done)
-        for row, n, ours in zip(ids, done, logits):
-            close(np.concatenate(ours), self.torch_logits(row[:n]))
+        for b, (row, n, ours) in enumerate(zip(ids, done, logits)):
+            close(np.concatenate(ours), self.torch_logits(row[:n], b))
+
+
+class Seq2SeqCase(Case):
+    """Of an encoder-decoder model: its decoder reads turns of the encoder's tokens."""
+
+    @staticmethod
+    def perturbed(hf):
+        """The embeddings have a standard deviation of 1, as these models have: their head divides."""
+        hf = sensitive(hf)
+        with torch.no_grad():
+            hf.get_input_embeddings().weight.div_(0.15)
+        return hf
+
+    def turn(self, tokens, mask):
+        """The encoder's tokens in every turn: those of a later one are not looked at."""
+        inputs = self.inputs
+        return {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "decoder_input_ids": tokens,
+            "decoder_attention_mask": mask,
+        }
+
+    def torch_logits(self, row, b=0):
+        read = {"input_ids": self.inputs.alone(b)["input_ids"], "decoder_input_ids": row}
+        with torch.no_grad():
+            return self.hf(**{name: torch.tensor(x[None], dtype=torch.long) for name, x in read.items()}, use_cache=False).logits[0].numpy()
 
 
 CHUNKS = [[7] * 4, [7, 0, 3, 1], [0, 7, 0, 2], [7, 5, 7, 7]]  # turns of 7 columns, for programs that are compiled for this alone
+
+
+def to_the_left(inputs):
+    """The rows with their padding at the right."""
+    order = np.argsort(1 - inputs.attention_mask, 1, kind="stable")
+    moved = lambda x: np.take_along_axis(x, order, 1)
+    fields = {"input_ids": moved(inputs.input_ids), "attention_mask": moved(inputs.attention_mask)}
+    fields |= {"others": {name: moved(x) for name, x in inputs.others.items()}}
+    fields |= {"decoder": inputs.decoder and to_the_left(inputs.decoder)}
+    return dataclasses.replace(inputs, **fields)
 
 
 class VariantChecks:
@@ -199,12 +252,13 @@ class VariantChecks:
     hf_config: object
     greedy = False
     task = "AutoModelForCausalLM"
+    case_class = Case
     others: dict = {}  # noqa: RUF012  # further inputs by name, and how many values each has
 
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, tmp_path_factory):
-        return Case.make(cls.hf_config, tmp_path_factory.mktemp("case"), cls.greedy, cls.task, cls.others)
+        return cls.case_class.make(cls.hf_config, tmp_path_factory.mktemp("case"), cls.greedy, cls.task, cls.others)
 
     def test_hidden_states(self, case):
         assert all(row.passed for row in case.report.layers), str(case.report)
@@ -235,17 +289,16 @@ class FamilyChecks(VariantChecks):
     head_config: dict = {"num_labels": 3, "pad_token_id": 0}  # noqa: RUF012
     attentions: bool = True  # whether there are layers of attention, whose weights output_attentions returns
 
+    def head_ids(self, ids):
+        """Token ids [3,50] as every head can read them, cut to columns 23 to 49 and 0 to 30 too."""
+        return ids
+
     def also(self, case, model, params):
         """More to check of another form of the model."""
 
     def test_right_padding(self, case):
         """The same rows at the other end."""
-        inputs = case.inputs
-        order = np.argsort(1 - inputs.attention_mask, 1, kind="stable")
-        moved = lambda x: np.take_along_axis(x, order, 1)
-        others = {name: moved(x) for name, x in inputs.others.items()}
-        fields = {"input_ids": moved(inputs.input_ids), "attention_mask": moved(inputs.attention_mask), "others": others}
-        case.check(*case.loaded, dataclasses.replace(inputs, **fields))
+        case.check(*case.loaded, to_the_left(case.inputs))
 
     def test_scanned_equals_unrolled(self, case):
         """Hidden states, logits, gradients (recomputed in the backward pass)."""
@@ -266,9 +319,9 @@ class FamilyChecks(VariantChecks):
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
         theirs, info = type(case.hf).from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
         assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-        ids = torch.tensor(case.inputs.input_ids[:1], dtype=torch.long)
+        row = {name: torch.tensor(x[None], dtype=torch.long) for name, x in case.inputs.alone(0).items()}
         with torch.no_grad():
-            assert torch.equal(theirs.eval()(ids).logits, case.hf(ids).logits)
+            assert torch.equal(theirs.eval()(**row).logits, case.hf(**row).logits)
 
     def test_other_keys(self, case, tmp_path):
         for n, change in enumerate(self.other_keys):
@@ -331,8 +384,8 @@ class FamilyChecks(VariantChecks):
     def test_heads(self, tmp_path):
         """Every other head of the family: logits and losses of a batch with padding on either side, against HF's class."""
         for name in self.classes():
-            if name not in ("AutoModel", "AutoModelForCausalLM", self.task):
-                check_head(self.hf_config, self.head_config, name, tmp_path / name, self.others)
+            if name not in ("AutoModel", "AutoModelForCausalLM", "AutoModelForTextEncoding", self.task):
+                check_head(self.hf_config, self.head_config, name, tmp_path / name, self.others, self.head_ids)
 
     def test_full_size(self):
         if not self.full_size:
@@ -347,7 +400,8 @@ class FamilyChecks(VariantChecks):
         rules, prefix = auto.conversion_of(cls(config))
         tree = unload(flatten(abstract_params(cls(config))), rules=rules, base_prefix=prefix)
         shapes = {key: tensor.shape for key, tensor in tree.items()}
-        files = revert_weight_conversion(theirs, dict(theirs.named_parameters()))  # transformers 5 fuses and renames in memory
+        # transformers 5 fuses and renames in memory
+        files = revert_weight_conversion(theirs, dict(theirs.named_parameters()) | stored_buffers(theirs))
         assert shapes == {self.file_names.get(key, key): tuple(p.shape) for key, p in files.items()}
 
     def test_record(self, case):
@@ -415,6 +469,71 @@ class FamilyTester(FamilyChecks, VariantTester):
         assert not found
 
 
+class Seq2SeqVariantTester(VariantTester):
+    """The checks of every variant of an encoder-decoder model."""
+
+    task = "AutoModelForSeq2SeqLM"
+    case_class = Seq2SeqCase
+
+
+class Seq2SeqTester(FamilyTester, Seq2SeqVariantTester):
+    """All checks of an encoder-decoder model."""
+
+    def test_inputs_embeds_and_position_ids(self, case):
+        """Embeddings in place of ids on both sides, and no mask; an encoder's output in place of what it reads, masked."""
+        model, params = case.scanned
+        ids, read, mask = case.inputs.input_ids[:2, :50], case.inputs.input_ids[:2, 60:97], np.arange(50) >= np.array([[0], [13]])
+        as_long = lambda x: torch.tensor(x, dtype=torch.long)
+        with torch.no_grad():
+            embed = case.hf.get_input_embeddings()
+            embeds = {"inputs_embeds": embed(as_long(ids)), "decoder_inputs_embeds": embed(as_long(read))}
+            theirs = case.hf(**embeds).logits
+            encoded = case.hf.get_encoder()(as_long(ids), attention_mask=as_long(mask))
+            masked = case.hf(encoder_outputs=encoded, attention_mask=as_long(mask), decoder_input_ids=as_long(read)).logits
+        call = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs).logits)
+        close(call(params, {name: x.numpy() for name, x in embeds.items()}), theirs)
+        given = {"encoder_outputs": (encoded.last_hidden_state.numpy(),), "attention_mask": mask, "decoder_input_ids": read}
+        close(call(params, given), masked)
+        with pytest.raises(ValueError, match="exactly one of input_ids"):
+            model.apply({"params": params}, ids, inputs_embeds=embeds["inputs_embeds"].numpy(), decoder_input_ids=read)
+        with pytest.raises(ValueError, match=r"decoder_input_ids .* are needed"):
+            model.apply({"params": params}, ids)
+
+    def test_attentions_and_loss(self, case):
+        """Labels alone are shifted for the decoder, some left out. Fused attention has no weights: it is replaced by eager, aloud."""
+        model, params = case.scanned
+        ids = case.inputs.input_ids[:2, :50]
+        labels = np.where(np.arange(37) % 7 == 3, -100, case.inputs.input_ids[:2, 60:97])
+        with torch.no_grad():
+            as_long = lambda x: torch.tensor(x, dtype=torch.long)
+            theirs = case.hf(as_long(ids), labels=as_long(labels), output_attentions=True)
+        call = jax.jit(lambda params: model.apply({"params": params}, ids, labels=labels, output_attentions=True))
+        with pytest.warns(UserWarning, match="'eager'"):
+            out = call(params)
+        close(out.loss, theirs.loss)
+        close(out.logits, theirs.logits)
+        for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+            assert len(out[name]) == len(theirs[name])
+            for mine, reference in zip(out[name], theirs[name]):
+                close(mine, reference)
+
+    def test_base_model(self, case):
+        """AutoModel and the encoder's class read the checkpoint, without the rest of it."""
+        ids, read = case.inputs.input_ids[:2, :50], case.inputs.input_ids[:2, 60:97]
+        as_long = lambda x: torch.tensor(x, dtype=torch.long)
+        with torch.no_grad():
+            theirs = case.hf.get_encoder()(as_long(ids)).last_hidden_state
+            decoded = case.hf.get_decoder()(as_long(read), encoder_hidden_states=theirs).last_hidden_state
+        for cls, inputs, expected in (
+            (auto.AutoModelForTextEncoding, {}, {"last_hidden_state": theirs}),
+            (auto.AutoModel, {"decoder_input_ids": read}, {"encoder_last_hidden_state": theirs, "last_hidden_state": decoded}),
+        ):
+            model, params = cls.from_pretrained(case.path, dtype=jnp.float32, scan_layers=True)
+            out = jax.jit(lambda params: model.apply({"params": params}, ids, **inputs))(params)  # noqa: B023
+            for name, value in expected.items():
+                close(out[name], value)
+
+
 class EncoderVariantTester(VariantChecks):
     """The checks of every variant of an encoder, by its masked language model."""
 
@@ -446,7 +565,7 @@ def head_labels(name, B, C, T, rng):
         raise NotImplementedError(f"no labels are known for {name}")
 
 
-def check_head(hf_config, changes, name, path, others=()):
+def check_head(hf_config, changes, name, path, others=(), head_ids=lambda ids: ids):
     """Losses of three whole rows, and logits of the same rows padded on either side, against HF's class on each row alone. For multiple
     choice they are the choices of one row."""
     config = copy.deepcopy(hf_config)
@@ -455,7 +574,7 @@ def check_head(hf_config, changes, name, path, others=()):
     hf.save_pretrained(path)
     model, params = getattr(auto, name).from_pretrained(path, dtype=jnp.float32, scan_layers=True)
     rng = np.random.default_rng(1)
-    ids = rng.integers(1, config.vocab_size, (3, 50), dtype=np.int32)
+    ids = head_ids(rng.integers(1, config.vocab_size, (3, 50), dtype=np.int32))
     mask = np.ones_like(ids)
     mask[1, :23], mask[2, 31:] = 0, 0
     whole = {"input_ids": ids, **random_others(dict(others), ids.shape)}
