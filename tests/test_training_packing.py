@@ -1,5 +1,7 @@
 """Several documents in a row give the losses and gradients of the documents alone."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,14 @@ def test_refusals():
         apply(LlamaForCausalLM(dynamic))
 
 
+def tested(name):
+    """The model that the family's own tests use."""
+    family = find_family(name)
+    classes = [c for c in vars(importlib.import_module(f"test_{name}")).values() if isinstance(c, type)]
+    configs = [c.hf_config for c in classes if getattr(getattr(c, "hf_config", None), "model_type", None) == name]
+    return family.classes["AutoModelForCausalLM"](family.config.from_dict(configs[0].to_dict()))
+
+
 def carries_state(config):
     return any(isinstance(config.layer_spec(kind), RecurrentSpec) for kind in config.layer_kinds)
 
@@ -128,7 +138,7 @@ def carries_state(config):
 def test_every_decoder_is_exact_or_refuses(family):
     if "AutoModelForCausalLM" not in find_family(family).classes:
         return
-    model = _small(family)
+    model = tested(family)
     if carries_state(model.config):
         with pytest.raises(ValueError, match="give every document its own row"):
             assert_packing_is_exact(model)
