@@ -173,8 +173,6 @@ def generate(
         raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
     negative = None
     if config.guidance_scale not in (None, 1.0):
-        if source is not None:
-            raise ValueError("guidance_scale compares two prompts of a decoder: it does not go with an encoder-decoder model")
         negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
     criteria = stopping_criteria
     if deadline is not None and config.num_beams > 1:

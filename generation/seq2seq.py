@@ -16,7 +16,7 @@ def decoder_prompt(config: Any, input_ids: Any, ids: Any, mask: Any, cache: Any)
     unless some row has it already; of traced ids nobody knows, they are taken as they are. With a cache they follow what it holds, perhaps
     nothing. ValueError for a missing start, for input_ids beside a cache, for shapes that do not fit, and for guidance."""
     if config.guidance_scale not in (None, 1.0):
-        raise ValueError(f"guidance_scale={config.guidance_scale} is not supported for encoder-decoder models; set it to 1.0")
+        raise ValueError("guidance_scale compares two prompts of a decoder: it is not supported for encoder-decoder models; set it to 1.0")
     if cache is not None:
         if input_ids is not None:
             raise ValueError(
