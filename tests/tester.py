@@ -378,7 +378,8 @@ class FamilyChecks(VariantChecks):
             model, params = auto.AutoModel.from_pretrained(case.path, dtype=jnp.float32, scan_layers=True)
         ids = case.inputs.input_ids[:2, :50]
         with torch.no_grad():
-            theirs = case.hf.base_model(torch.tensor(ids, dtype=torch.long)).last_hidden_state
+            base = getattr(case.hf, self.classes()[self.task].base_name)  # llama4's base_model is another
+            theirs = base(torch.tensor(ids, dtype=torch.long)).last_hidden_state
         close(jax.jit(lambda params: model.apply({"params": params}, ids))(params).last_hidden_state, theirs)
 
     def test_heads(self, tmp_path):
