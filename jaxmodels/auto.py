@@ -43,6 +43,7 @@ FAMILIES: dict[str, str | Family] = {
     "granite": "jaxmodels.models.granite",
     "jamba": "jaxmodels.models.jamba",
     "llama": "jaxmodels.models.llama",
+    "llama4_text": "jaxmodels.models.llama4_text",
     "mamba": "jaxmodels.models.mamba",
     "mistral": "jaxmodels.models.mistral",
     "mixtral": "jaxmodels.models.mixtral",
