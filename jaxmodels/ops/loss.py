@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,8 @@ def summed_loss(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: ja
             return jax.tree.map(jnp.add, carry, (value, dw)), dx  # the sums in float32, whatever dw's dtype
 
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-        (value, dw), dx = lax.scan(body, (jnp.float32(0), zeros), (x, labels))
+        scanned: Any = lax.scan(body, (jnp.float32(0), zeros), (x, labels))
+        (value, dw), dx = scanned
         return value, (dx, dw)
 
     def backward(gradients: tuple, cotangent: jax.Array) -> tuple:
