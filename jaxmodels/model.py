@@ -171,8 +171,8 @@ class CausalLM(Head):
         )
         x = out.last_hidden_state
         if labels is not None and loss_options is not None:
-            loss = self._training_loss(x, labels, loss_options, num_items_in_batch)
-            return CausalLMOutput(loss, None, out.cache, out.hidden_states, out.attentions)
+            total = self._training_loss(x, labels, loss_options, num_items_in_batch)
+            return CausalLMOutput(total, None, out.cache, out.hidden_states, out.attentions)
         logits = self.head(x[:, -logits_to_keep:])
         if self.rules is not None:
             logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
@@ -180,7 +180,8 @@ class CausalLM(Head):
         return CausalLMOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
 
     def _training_loss(self, x: jax.Array, labels: jax.Array, options: LossOptions, num_items: jax.Array | None) -> jax.Array:
-        module, variables = self.unbind()  # the chunks' loop needs a function of arrays
+        unbound: Any = self.unbind()  # the chunks' loop needs a function of arrays
+        module, variables = unbound
 
         def head(x: jax.Array) -> jax.Array:
             logits = module.apply(variables, x, method="head")

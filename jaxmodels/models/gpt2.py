@@ -67,7 +67,7 @@ class GPT2Attention(nn.Module):
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         if c.scale_attn_by_inverse_layer_idx:
             q = q / (step.number + 1)
-        options = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
+        options: dict[str, Any] = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
         out, state, weights = attend(q, k, v, state, step, **options)  # [B, T, N*H]
         out = dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out)
         return dropout(self, out, c.resid_pdrop), state, weights

@@ -42,7 +42,7 @@ class GPTBigCodeAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        options = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
+        options: dict[str, Any] = {"scale": None if c.scale_attn_weights else 1.0, "dropout": weight_dropout(self, c.attn_pdrop)}
         out, state, weights = attend(q, k, v, state, step, **options)  # [B, T, N*H]
         out = dense(D, ("embed", "heads"), init_std=c.residual_std, name="c_proj")(out)
         return dropout(self, out, c.resid_pdrop), state, weights

@@ -76,7 +76,7 @@ class GPTNeoSelfAttention(nn.Module):
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         window = c.window_size if self.kind == "local" else None
-        options = {"window": window, "dropout": weight_dropout(self, c.attention_dropout)}
+        options: dict[str, Any] = {"window": window, "dropout": weight_dropout(self, c.attention_dropout)}
         out, state, weights = attend(q, k, v, state, step, scale=1.0, **options)  # [B, T, N*H]
         out = dense(D, ("embed", "heads"), use_bias=True, name="out_proj")(out)
         return dropout(self, out, c.resid_dropout), state, weights

@@ -217,10 +217,9 @@ def make_train_step(
             finite = jnp.isfinite(norm)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
             scaling = state.loss_scale.update(finite)
-            new = new.replace(params=keep(new.params, trained), opt_state=keep(opt_state, state.opt_state), loss_scale=scaling)
+            new = TrainState(new.step, keep(new.params, trained), keep(opt_state, state.opt_state), scaling)
             metrics["loss_scale"] = scale
-        new = new.replace(params=merge(new.params, fixed))
-        return new, metrics
+        return TrainState(new.step, merge(new.params, fixed), new.opt_state, new.loss_scale), metrics
 
     return jax.jit(step, donate_argnums=0) if model.rules is None else _PlacedStep(model, step)
 

@@ -38,7 +38,9 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
         return {key: inner.init(tree) if key == "0" else jax.vmap(inner.init)(tree) for key, tree in groups(params).items()}
 
     def update(updates: Any, state: dict[str, Any], params: Any = None) -> tuple[Any, dict[str, Any]]:
-        done, after, parts = {}, {}, groups(params)
+        done: dict[str, Any] = {}
+        after: dict[str, Any] = {}
+        parts = groups(params)
         for key, tree in groups(updates).items():
             function = inner.update if key == "0" else jax.vmap(inner.update)
             new, after[key] = function(tree, state[key], parts[key])
@@ -134,7 +136,7 @@ def scale_by_muon(beta: float = 0.95, nesterov: bool = True, steps: int = 5) -> 
 
 
 class GaLoreState(NamedTuple):
-    count: jax.Array
+    steps: jax.Array
     projector: Any
     inner: Any
 
@@ -149,7 +151,7 @@ def galore(
     if proj_type not in ("std", "reverse_std", "right", "left"):
         raise ValueError(f"proj_type {proj_type!r} is not known; known are std, reverse_std, right, left")
 
-    def keeps_rows(shape: tuple[int, int]) -> bool:
+    def keeps_rows(shape: tuple[int, ...]) -> bool:
         tall = shape[0] >= shape[1]
         return {"std": tall, "reverse_std": not tall, "right": True, "left": False}[proj_type]
 
@@ -170,9 +172,9 @@ def galore(
         return GaLoreState(jnp.zeros((), jnp.int32), projector, inner.init(jax.tree.map(down, params, projector)))
 
     def update(updates: Any, state: GaLoreState, params: Any = None) -> tuple[Any, GaLoreState]:
-        renew = state.count % update_proj_gap == 0
+        renew = state.steps % update_proj_gap == 0
         projector = lax.cond(renew, lambda: jax.tree.map(vectors, updates), lambda: state.projector)
         low, inside = inner.update(jax.tree.map(down, updates, projector), state.inner, jax.tree.map(down, params, projector))
-        return jax.tree.map(up, low, projector, updates), GaLoreState(state.count + 1, projector, inside)
+        return jax.tree.map(up, low, projector, updates), GaLoreState(state.steps + 1, projector, inside)
 
     return optax.GradientTransformation(init, update)
