@@ -37,22 +37,20 @@ def causal_conv(
         y, after = _taps(seen, weight, bias), jnp.where(real[:, :1, None], seen[:, T:], before)
     else:
         begin, count = jnp.argmax(real, 1), jnp.sum(real, 1)
-        gaps = jnp.any(real & (jnp.arange(T) >= (begin + count)[:, None]))
+        gaps = jnp.any(real & (jnp.arange(T) >= (begin + count)[:, None]))  # a row's tokens do not stand side by side
 
-        def together(x: jax.Array, begin: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The tokens of a row stand side by side from column `begin` on."""
-            seen = jnp.pad(x, ((0, 0), (K - 1, 0), (0, 0)))
-            if window is not None:  # in the place of the padding before the first token
-                seen = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(seen, window.astype(x.dtype), begin)
-            after = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, K - 1))(seen, begin + count)
-            return _taps(seen, weight, bias), after
+        def gather(x: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(x, jnp.argsort(~real, axis=1, stable=True)[..., None], 1)
 
-        def apart(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            order = jnp.argsort(~real, axis=1, stable=True)
-            y, after = together(jnp.take_along_axis(x, order[..., None], 1), jnp.zeros_like(begin))
-            return jnp.take_along_axis(y, jnp.maximum(jnp.cumsum(real, 1) - 1, 0)[..., None], 1), after
+        def spread(y: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(y, jnp.maximum(jnp.cumsum(real, 1) - 1, 0)[..., None], 1)
 
-        y, after = lax.cond(gaps, apart, lambda x: together(x, begin), x)
+        seen = jnp.pad(lax.cond(gaps, gather, lambda x: x, x), ((0, 0), (K - 1, 0), (0, 0)))
+        begin = jnp.where(gaps, 0, begin)
+        if window is not None:  # in the place of the padding before a row's first token
+            seen = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(seen, window.astype(x.dtype), begin)
+        after = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, K - 1))(seen, begin + count)
+        y = lax.cond(gaps, spread, lambda y: y, _taps(seen, weight, bias))
     return jnp.where(real[..., None], y, 0), after
 
 
