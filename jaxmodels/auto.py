@@ -45,6 +45,7 @@ FAMILIES: dict[str, str | Family] = {
     "llama": "jaxmodels.models.llama",
     "llama4_text": "jaxmodels.models.llama4_text",
     "mamba": "jaxmodels.models.mamba",
+    "mamba2": "jaxmodels.models.mamba2",
     "mistral": "jaxmodels.models.mistral",
     "mixtral": "jaxmodels.models.mixtral",
     "mpt": "jaxmodels.models.mpt",
