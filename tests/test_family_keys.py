@@ -19,6 +19,7 @@ TINY = {
 FAMILIES = [
     *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral", "nemotron"),
     *("olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
 ]
 INV_FREQ = ("llama", "nemotron", "persimmon", "phi", "stablelm")  # families whose files of the time hold rope's frequencies
 

@@ -13,12 +13,11 @@ from flax import linen as nn
 
 from jaxmodels.cache import Cache
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Step
+from jaxmodels.layers import RMSNorm, Step
 from jaxmodels.model import QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.models.mistral import MistralAttention, MistralConfig
-from jaxmodels.moe import Experts, MoeCausalLM, RoutedExperts, stacked
-from jaxmodels.ops.moe import softmax_top_k
+from jaxmodels.moe import MoeCausalLM, RoutedExperts, softmax_mixture, stacked
 from jaxmodels.ops.rope import RopeParameters
 from jaxmodels.outputs import MoeModelOutput
 
@@ -40,12 +39,7 @@ class MixtralMLP(nn.Module):
     def __call__(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
         """Also the router's logits [B,T,E]."""
         c = self.config
-        logits = Linear(c.num_local_experts, (None, "embed"), init_std=c.initializer_range, name="gate")(x)
-        weights, chosen = softmax_top_k(logits, c.num_experts_per_tok, normalize=True)  # [B, T, k]
-        experts = Experts(
-            c.num_local_experts, c.intermediate_size, c.hidden_act, c.initializer_range, c.experts_implementation, name="experts"
-        )
-        return experts(x, weights, chosen, step), logits
+        return softmax_mixture(x, step, c, c.num_local_experts, c.intermediate_size, normalize=True)
 
 
 class MixtralBlock(nn.Module):

@@ -35,6 +35,8 @@ class RopeParameters:
     truncate: bool = True
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    short_mscale: float | None = None  # Phi-3.5-MoE's own factors on cos and sin, within the original length and beyond
+    long_mscale: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     other: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
