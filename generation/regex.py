@@ -1,8 +1,8 @@
 """Regular expressions as automata over UTF-8 bytes.
 
-Understood are literals, escapes (\\d \\w \\s and their negations over ASCII, \\n \\t \\xHH \\uHHHH and the like), classes, groups, |, ?, *, +
-and {m,n} (a lazy or possessive mark changes nothing: a language has no greed), and ^ and $ at the ends, where they stand for themselves.
-There are no look-arounds, back-references or word boundaries.
+Understood are literals, escapes (\\d \\w \\s and their negations over ASCII, \\n \\t \\xHH \\uHHHH and the like), classes, groups, |, ?,
+*, + and {m,n} (a lazy or possessive mark changes nothing: a language has no greed), and ^ and $ at the ends, where they stand for
+themselves. There are no look-arounds, back-references or word boundaries.
 
 Axis letters: A states."""
 
