@@ -118,3 +118,27 @@ def test_the_checkpoints_options_come_before_the_defaults():
     full = GenerationConfig(top_p=0.5, temperature=0.9).filled(config)
     assert (full.eos_token_id, full.temperature, full.top_p, full.do_sample, full.top_k) == ((5, 7), 0.9, 0.5, True, 50)
     assert GenerationConfig().filled(LlamaConfig(eos_token_id=2)).eos_token_id == 2
+
+
+def test_unknown_arguments_are_kept_or_returned(tmp_path):
+    """As transformers documents them: from_dict and from_pretrained keep what they do not know, or hand it back when asked."""
+    config, unused = GenerationConfig.from_dict({"top_k": 3, "house": 1}, return_unused_kwargs=True, top_k=5, foo="bar")
+    assert (config.top_k, config.extra, unused) == (5, {"house": 1}, {"foo": "bar"})
+    assert GenerationConfig.from_dict({}, foo="bar").extra == {"foo": "bar"}
+    config.save_pretrained(tmp_path)
+    again, unused = GenerationConfig.from_pretrained(tmp_path, return_unused_kwargs=True, min_p=0.1, foo="bar")
+    assert (again.min_p, again.top_k, unused) == (0.1, 5, {"foo": "bar"})
+    for argument in ("logits_processor", "streamer"):  # of generate, not of its configuration
+        with pytest.raises(TypeError, match=argument):
+            GenerationConfig(**{argument: []})
+
+
+def test_biases_and_ids_survive_a_file(tmp_path):
+    options = {"sequence_bias": {(5, 6): -1.5, (7,): 2.0}, "bad_words_ids": [[3], [4, 5]], "exponential_decay_length_penalty": (3, 1.1)}
+    config = GenerationConfig(**options)
+    config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == config and hash(config)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert theirs.sequence_bias == [[[5, 6], -1.5], [[7], 2.0]] and theirs.bad_words_ids == options["bad_words_ids"]
+    text = transformers.GenerationConfig(sequence_bias=options["sequence_bias"]).to_json_string()  # its keys are text
+    assert GenerationConfig.from_dict(json.loads(text)).sequence_bias == config.sequence_bias
