@@ -153,7 +153,7 @@ def make_optimizer(
         targets = target_weights(model, optim_target_modules)
         options = {"rank": option("rank", 128), "update_proj_gap": option("update_proj_gap", 200)}
         low = galore(full, **options, scale=option("scale", 0.25), proj_type=option("proj_type", "std"))
-        return per_layer(_groups(lambda name: "low" if name in targets else "full", low=low, full=full))
+        return per_layer(_groups(lambda name: "low" if name in targets else "full", low=low, full=full), in_turn=True)
 
     match kind:
         case "adamw":

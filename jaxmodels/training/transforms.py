@@ -24,8 +24,9 @@ SMALL = 4096  # smaller parameters keep 32-bit states
 STACK = re.compile(r"(?:^|\.)\d+:\d+:\d+\.")  # the part of a name that says: these are stacked layers
 
 
-def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on every layer of a scanned model's stacks by itself, for rules that look at a whole tensor (its norm, say)."""
+def per_layer(inner: optax.GradientTransformation, *, in_turn: bool = False) -> optax.GradientTransformation:
+    """`inner` on every layer of a scanned model's stacks by itself, for rules that look at a whole tensor (its norm, say).
+    in_turn: one layer after the other, where `inner` has a branch that is seldom taken; side by side it would be taken every time."""
 
     def groups(tree: Any) -> dict[str, Any]:
         """{"0": what is not stacked, "24": the stacks of 24 layers, …}, each in the tree's own nesting."""
@@ -37,12 +38,15 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def init(params: Any) -> dict[str, Any]:
         return {key: inner.init(tree) if key == "0" else jax.vmap(inner.init)(tree) for key, tree in groups(params).items()}
 
+    def one_by_one(*stacks: Any) -> tuple[Any, Any]:
+        return lax.map(lambda layer: inner.update(*layer), stacks)
+
     def update(updates: Any, state: dict[str, Any], params: Any = None) -> tuple[Any, dict[str, Any]]:
         done: dict[str, Any] = {}
         after: dict[str, Any] = {}
         parts = groups(params)
         for key, tree in groups(updates).items():
-            function = inner.update if key == "0" else jax.vmap(inner.update)
+            function = inner.update if key == "0" else one_by_one if in_turn else jax.vmap(inner.update)
             new, after[key] = function(tree, state[key], parts[key])
             done |= flatten(new)
         return unflatten({name: done[name] for name in flatten(updates)}), after
