@@ -41,8 +41,12 @@ class Hypotheses:
 
     def take(self, places: jax.Array) -> Hypotheses:
         """Those at places [B,M'] of each row."""
-        pick = lambda x: jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), 1)
-        return jax.tree.map(pick, self)
+        return pick(self, places)
+
+    def append(self, tokens: jax.Array, rows: jax.Array, scores: jax.Array, new: jax.Array) -> Hypotheses:
+        """Their continuations by tokens [B,M] in column `new`, as rows [B,M] of the state, with new scores."""
+        put = lambda whole, column: lax.dynamic_update_index_in_dim(whole, column, new, 2)
+        return Hypotheses(put(self.tokens, tokens), put(self.beams, rows), scores, self.there)
 
     def best(self, n: int) -> Hypotheses:
         return self.take(lax.top_k(self.scores, n)[1])
@@ -51,14 +55,22 @@ class Hypotheses:
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), self, others)
 
 
+def pick(tree: Any, places: jax.Array) -> Any:
+    """Of every leaf [B,M,...] the places [B,M'] of each row."""
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), 1), tree)
+
+
 @struct.dataclass
 class Beams:
-    """`running` [B,M] and `finished` [B,M] hypotheses; `improvable` [B,1]: a running one may still beat the finished; `going` []."""
+    """`running` [B,M] and `finished` [B,M] hypotheses; `improvable` [B,1]: a running one may still beat the finished; `going` [];
+    `progress`: what else is known of the running ones; `forced`: further candidates within a step."""
 
     running: Hypotheses
     finished: Hypotheses
     improvable: jax.Array
     going: jax.Array
+    progress: Any = None
+    forced: Any = None
 
 
 @struct.dataclass
@@ -88,10 +100,13 @@ class BeamSearch:
 
     def start(self, state: State, logits: jax.Array) -> State:
         B, M = len(logits) // self.copies, self.copies
+        return self._choose(dataclasses.replace(state, extra=self._begin(B, M, state)), logits)[0]
+
+    def _begin(self, B: int, M: int, state: State) -> Beams:
+        """The beams of B rows, M each, before the first token."""
         running, finished = (Hypotheses.none((B, M, self.columns)) for _ in range(2))
         running = dataclasses.replace(running, scores=running.scores.at[:, 0].set(0))  # equal beams would stay equal
-        beams = Beams(running, finished, jnp.ones((B, 1), bool), jnp.bool_(True))
-        return self._choose(dataclasses.replace(state, extra=beams), logits)[0]
+        return Beams(running, finished, jnp.ones((B, 1), bool), jnp.bool_(True))
 
     def step(self, forward: Forward, state: State) -> State:
         sequences, running = state.sequences, state.extra.running
@@ -104,44 +119,46 @@ class BeamSearch:
 
     def _choose(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:
         """The state with one more token a beam, its cache as it was, and the rows [B*M] that the new beams continue."""
-        sequences, beams, new = state.sequences, state.extra, state.sequences.new
-        (R, V), M, C = logits.shape, self.copies, self.candidates * self.copies
-        scores = jax.nn.log_softmax(logits)
-        scores = state.process(self.processors, scores)
-        totals = (scores.reshape(-1, M, V) + beams.running.scores[:, :, None]).reshape(-1, M * V)
-        if self.key is None:
-            sums, places = largest(totals, C)
-        else:
-            sums, places = draw_some(jax.random.fold_in(self.key, new), totals, C)
-        parents, tokens = places // V, places % V
-        parent_rows = jnp.arange(R // M)[:, None] * M + parents
-        put = lambda whole, column: lax.dynamic_update_index_in_dim(whole, column, new, 2)
-        found = beams.running.take(parents)
-        found = Hypotheses(put(found.tokens, tokens), put(found.beams, parent_rows), sums, found.there)
-
-        last = new + 1 >= self.max_new_tokens
-        ends = (tokens[..., None] == self.eos_token_id).any(-1) | last
-        if sequences.followers:
-            longer = sequences.take(parent_rows.reshape(-1)).append(tokens.reshape(-1), jnp.ones(tokens.size, bool))
-            ends |= longer.stopped().reshape(ends.shape)
-        kept = lax.top_k(sums + ends * LOW, M)[1]
-        running = found.take(kept)
-        running = dataclasses.replace(running, scores=running.scores + jnp.take_along_axis(ends, kept, 1) * LOW)
-        finished = self._finish(beams, found, ends, new + 1)
-        improvable = beams.improvable & self._improvable(running, finished, new + 1)
-        full = finished.there.all() & (self.early_stopping == 1)
-        beams = Beams(running, finished, improvable, improvable.any() & ~full & ~ends.all())
-
-        rows = jnp.take_along_axis(parent_rows, kept, 1).reshape(-1)
-        chosen = jnp.take_along_axis(tokens, kept, 1).reshape(-1)
+        sequences, new = state.sequences, state.sequences.new
+        scores = state.process(self.processors, jax.nn.log_softmax(logits))
+        beams = self._settle(state.extra, *self._candidates(state, state.extra, scores), new)
+        rows, chosen = (x[:, :, new].reshape(-1) for x in (beams.running.beams, beams.running.tokens))
         state = dataclasses.replace(
             state,
-            sequences=sequences.take(rows).append(chosen, jnp.ones(R, bool)),
+            sequences=sequences.take(rows).append(chosen, jnp.ones(len(rows), bool)),
             scores=record(state.scores, scores, new),
             logits=record(state.logits, logits, new),
             extra=beams,
         )
         return state, rows
+
+    def _candidates(self, state: State, beams: Beams, scores: jax.Array, first: Any = None) -> tuple[Hypotheses, jax.Array]:
+        """The best continuations of each row's beams, or those drawn [B,C], and which of them end [B,C], from the log-probabilities
+        scores [B*M,V]. `first` [B]: the row of each first beam."""
+        sequences, new, V = state.sequences, state.sequences.new, scores.shape[1]
+        B, M = beams.running.scores.shape
+        totals = (scores.reshape(B, M, V) + beams.running.scores[:, :, None]).reshape(B, M * V)
+        if self.key is None:
+            sums, places = largest(totals, self.candidates * M)
+        else:
+            sums, places = draw_some(jax.random.fold_in(self.key, new), totals, self.candidates * M)
+        parents, tokens = places // V, places % V
+        rows = (jnp.arange(B) * M if first is None else first)[:, None] + parents
+        found = beams.running.take(parents).append(tokens, rows, sums, new)
+        ends = (tokens[..., None] == self.eos_token_id).any(-1)
+        if sequences.followers:
+            longer = sequences.take(rows.reshape(-1)).append(tokens.reshape(-1), jnp.ones(tokens.size, bool))
+            ends |= longer.stopped().reshape(ends.shape)
+        return found, ends
+
+    def _settle(self, beams: Beams, found: Hypotheses, ends: jax.Array, new: jax.Array) -> Beams:
+        """The beams after `found` [B,C], best first, of which `ends` end."""
+        ends = ends | (new + 1 >= self.max_new_tokens)
+        running = dataclasses.replace(found, scores=found.scores + ends * LOW).best(self.copies)
+        finished = self._finish(beams, found, ends, new + 1)
+        improvable = beams.improvable & self._improvable(running, finished, new + 1)
+        full = finished.there.all() & (self.early_stopping == 1)
+        return Beams(running, finished, improvable, improvable.any() & ~full & ~ends.all())
 
     def _finish(self, beams: Beams, found: Hypotheses, ends: jax.Array, length: jax.Array) -> Hypotheses:
         """The best of the finished hypotheses and of those among the M best candidates that end now."""
@@ -163,7 +180,7 @@ class BeamSearch:
         return ~state.extra.going
 
     def result(self, state: State) -> Result:
-        best = state.extra.finished.take(jnp.broadcast_to(jnp.arange(self.returned), (len(state.extra.improvable), self.returned)))
+        best = jax.tree.map(lambda x: x.reshape(-1, self.copies, *x.shape[2:]), state.extra.finished).best(self.returned)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         real = flat(best.beams) >= 0
         tokens = jnp.where(real, flat(best.tokens), self.pad_token_id)

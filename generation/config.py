@@ -23,10 +23,6 @@ FILE_NAME = "generation_config.json"
 
 # Options of HF's that `generate` does not follow yet, and the values at which they do nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beam_groups": (None, 1),
-    "diversity_penalty": (None, 0.0),
-    "constraints": (None,),
-    "force_words_ids": (None,),
     "use_mtp": (None, False),
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
@@ -55,6 +51,8 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (lambda x: _real(x) and x > 0, "a number above 0"),
     "num_beams": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "length_penalty": (lambda x: _real(x), "a number"),
+    "num_beam_groups": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "diversity_penalty": (lambda x: _real(x) and x >= 0, "a number, 0 or more"),
     "top_h": (lambda x: _real(x) and 0 < x <= 1, "a number above 0, up to 1"),
     "typical_p": (lambda x: _real(x) and 0 < x <= 1, "a number above 0, up to 1"),
     "epsilon_cutoff": (lambda x: _real(x) and 0 <= x < 1, "a number from 0, below 1"),
@@ -167,7 +165,7 @@ class GenerationConfig:
     disable_compile: bool | None = None
     penalty_alpha: Any = None
     dola_layers: Any = None
-    diversity_penalty: float | None = None
+    diversity_penalty: Any = None
     num_beam_groups: int | None = None
     constraints: Any = None
     force_words_ids: Any = None
@@ -249,7 +247,7 @@ class GenerationConfig:
         active and not supported, contradict each other or name tokens that the model does not have; a warning those without effect."""
         own = GenerationConfig.from_model_config(model_config)
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
-        defaults |= {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0}
+        defaults |= {"num_beams": 1, "num_beam_groups": 1, "early_stopping": False, "length_penalty": 1.0}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})
         active = [f"{k}={v!r}" for k, off in UNSUPPORTED.items() if (v := getattr(full, k)) not in off]
         if active:

@@ -29,6 +29,7 @@ from jaxmodels.generation.processors_tokens import (
     ExponentialDecayLength,
     ForcedBOS,
     ForcedEOS,
+    HammingDiversity,
     MinLength,
     MinNewTokens,
     NoRepeatNGram,
@@ -51,6 +52,7 @@ __all__ = [
     "ForcedBOS",
     "ForcedEOS",
     "Guidance",
+    "HammingDiversity",
     "LogitsProcessor",
     "MinLength",
     "MinNewTokens",
@@ -98,6 +100,8 @@ def build_processors(
         found.append(Guidance(to_float(config.guidance_scale)))
     if config.sequence_bias is not None:
         found.append(SequenceBias.of(sequence_biases(config.sequence_bias)))
+    if not inactive(config.diversity_penalty, 0.0):
+        found.append(HammingDiversity(to_float(config.diversity_penalty)))
     if not inactive(config.encoder_repetition_penalty, 1.0) and encoder is not None:
         found.append(EncoderRepetitionPenalty(to_float(config.encoder_repetition_penalty), *encoder))
     if not inactive(config.repetition_penalty, 1.0):

@@ -32,6 +32,18 @@ class RepetitionPenalty:
 
 
 @struct.dataclass
+class HammingDiversity:
+    """Subtract `diversity_penalty` for each time that `used` [B,V] says a token was chosen in this step (arXiv:1610.02424)."""
+
+    diversity_penalty: Any
+    used: Any = None
+    kind: str = kind("HammingDiversity")
+
+    def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
+        return logits if self.used is None else logits - self.diversity_penalty * self.used
+
+
+@struct.dataclass
 class EncoderRepetitionPenalty:
     """The inverse of `RepetitionPenalty`, for the encoder's input or the prompt: above 1 favours its tokens. `tokens` and `real` [B,T],
     or [B/n,T] where n rows in turn share one (beams)."""

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 from jaxmodels.generation.beam import EARLY_STOPPING, BeamSearch
+from jaxmodels.generation.constraints import ConstrainedBeamSearch, Tries, all_constraints
 from jaxmodels.generation.contrastive import ContrastiveSearch
+from jaxmodels.generation.diverse import DiverseBeamSearch
 from jaxmodels.generation.dola import DoLa, early_layers
 from jaxmodels.generation.processors import LogitsProcessor
 from jaxmodels.generation.processors_base import to_float
@@ -29,11 +31,18 @@ def build_strategy(
     The key is used where config.do_sample is set."""
     pad, key = np.int32(pad_token_id), key if config.do_sample else None
     if config.num_beams > 1:
-        return BeamSearch(
-            processors, eos_token_id, pad, key, to_float(config.length_penalty), np.int32(EARLY_STOPPING[config.early_stopping]),
-            np.int32(limit), copies=config.num_beams, returned=config.num_return_sequences,
-            candidates=max(2, 1 + int((eos_token_id >= 0).sum())), columns=columns,
-        )  # fmt: skip
+        constraints = all_constraints(config.constraints, config.force_words_ids)
+        beams = {
+            "processors": processors, "eos_token_id": eos_token_id, "pad_token_id": pad, "key": key,
+            "length_penalty": to_float(config.length_penalty), "early_stopping": np.int32(EARLY_STOPPING[config.early_stopping]),
+            "max_new_tokens": np.int32(limit), "copies": config.num_beams, "returned": config.num_return_sequences,
+            "candidates": max(2, 1 + int((eos_token_id >= 0).sum())), "columns": columns,
+        }  # fmt: skip
+        if constraints:
+            return ConstrainedBeamSearch(**beams, tries=Tries.of(constraints))
+        if config.num_beam_groups > 1:
+            return DiverseBeamSearch(**beams, groups=config.num_beam_groups)
+        return BeamSearch(**beams)
     if contrastive(config):
         return ContrastiveSearch(processors, eos_token_id, pad, to_float(config.penalty_alpha), copies=config.top_k)
     if config.dola_layers is not None:
@@ -58,6 +67,7 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
         raise ValueError(
             f"num_return_sequences={returned} returns equal rows in greedy decoding; set do_sample=True or num_beams={returned} or more"
         )
+    _check_beams(config, model_config.vocab_size)
     looks = {"penalty_alpha": contrastive(config), "dola_layers": config.dola_layers is not None}
     if config.dola_layers is not None:
         if beams > 1 or looks["penalty_alpha"]:
@@ -68,3 +78,32 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
     if any(looks.values()) and config.guidance_scale not in (None, 1.0):
         name = next(name for name, active in looks.items() if active)
         raise ValueError(f"guidance_scale={config.guidance_scale} and {name} cannot be combined: both change what the likeliest tokens are")
+
+
+def _check_beams(config: Any, vocab_size: int) -> None:
+    """Groups and constraints."""
+    beams, groups, penalty = config.num_beams, config.num_beam_groups, config.diversity_penalty
+    constraints = all_constraints(config.constraints, config.force_words_ids)
+    if groups > 1:
+        if beams % groups or beams == 1:
+            raise ValueError(f"num_beam_groups={groups} divides the beams into equal groups; num_beams={beams} is no multiple of it")
+        if not penalty:
+            raise ValueError(
+                f"num_beam_groups={groups} without a diversity_penalty above 0 would be {groups} times the same search; set one"
+            )
+    elif penalty:
+        raise ValueError(
+            f"diversity_penalty={penalty} is between groups of beams: set num_beam_groups to 2 or more, and num_beams to a multiple"
+        )
+    if constraints and beams == 1:
+        raise ValueError("constraints and force_words_ids are for beam search: set num_beams to 2 or more")
+    named = "constraints" if constraints else f"num_beam_groups={groups}"
+    if constraints and groups > 1:
+        raise ValueError(f"constraints and num_beam_groups={groups} cannot be combined")
+    if (constraints or groups > 1) and config.do_sample:
+        raise ValueError(f"{named} and do_sample=True cannot be combined: set do_sample=False")
+    if groups > 1 and config.guidance_scale not in (None, 1.0):
+        raise ValueError(f"{named} and guidance_scale={config.guidance_scale} cannot be combined")
+    largest = max((token for constraint in constraints for phrase in constraint.phrases for token in phrase), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"a constraint names token {largest}; the model's vocabulary has {vocab_size} (0..{vocab_size - 1})")

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures.make_generation_fixtures import ALONE, CASES, CONFIG, HERE, LENGTHS, prompts, weights
+from fixtures.make_generation_fixtures import ALONE, CASES, CHOICES, CONFIG, FORCED, GROUPS, HERE, LENGTHS, SAID, UNSCORED, prompts, weights
 from generation_fixtures import compilations
 
 from jaxmodels.convert.rules import stack
 from jaxmodels.generation import generate
+from jaxmodels.generation.constraints import DisjunctiveConstraint, PhrasalConstraint, Tries, all_constraints
 from jaxmodels.generation.dola import early_layers
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.params import abstract_params, flatten, unflatten
@@ -80,6 +81,36 @@ def test_dola_samples():
         assert out.sequences[row, T : T + len(want)].tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("name", cases("groups", "phrase", "choices"))
+def test_diverse_and_constrained_beams(name):
+    out = generate(*ours(scan_layers=True), *prompts(), **CASES[name])
+    np.testing.assert_array_equal(out.sequences[:, T:], written()[f"{name}/tokens"])
+    if not name.startswith(UNSCORED):
+        np.testing.assert_allclose(out.sequences_scores, written()[f"{name}/sequences_scores"], rtol=1e-5, atol=1e-5)
+
+
+def test_progress_of_constraints():
+    """Banks, and tokens that go on, after every token of some sayings."""
+    want = iter(json.loads((HERE / "generation.json").read_text())["progress"])
+    for words, said in SAID:
+        tries = Tries.of(all_constraints(None, words))
+        progress, add = tries.begin((1,)), jax.jit(tries.add)
+        for token in said:
+            progress = add(progress, np.array([token]))
+            options = sorted(set(np.asarray(tries.options(progress)).flatten().tolist()) - {-1})
+            assert [int(tries.bank(progress)[0]), options] == next(want)
+            assert bool(progress.completed[0]) == (not options)
+
+
+def test_constraints_are_kept():
+    """Every returned hypothesis that had the time to holds every phrase; objects and lists are the same constraints."""
+    options = FORCED | {"max_new_tokens": 16, "num_return_sequences": 1}
+    lists = generate(*ours(True), *prompts(), **options, force_words_ids=CHOICES)
+    objects = [DisjunctiveConstraint(CHOICES[0]), PhrasalConstraint(CHOICES[1])]
+    given = generate(*ours(True), *prompts(), **options, constraints=objects)
+    np.testing.assert_array_equal(lists.sequences, given.sequences)
+
+
 def test_early_layers():
     """By the rules of the paper's authors: every second layer of a half, of 20 layers in deep models, not the tied embeddings."""
     assert early_layers("low", 32, False) == tuple(range(0, 16, 2)) and early_layers("high", 32, True) == tuple(range(16, 32, 2))
@@ -112,6 +143,13 @@ def test_other_values_compile_nothing():
     with compilations() as found:
         call(penalty_alpha=0.2, top_k=4, eos_token_id=[4, 9], pad_token_id=5)
     assert found == []
+    call = functools.partial(generate, *ours(scan_layers=True), *prompts())
+    call(**CASES["choices"])
+    call(**CASES["groups 0.7"])
+    with compilations() as found:
+        call(**CASES["choices"] | {"force_words_ids": [[[5, 6], [8]], [9], [3]], "eos_token_id": 4, "length_penalty": 0.1})
+        call(**CASES["groups 0.7"] | {"diversity_penalty": 0.1, "eos_token_id": 4, "early_stopping": True})
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -122,11 +160,23 @@ def test_other_values_compile_nothing():
         ({"dola_layers": [6, 7]}, r"dola_layers=\(6, 7\) names no layer below the last of 6"),
         ({"dola_layers": "low", "num_beams": 2}, "dola_layers goes with greedy decoding and sampling"),
         ({"dola_layers": "low", "guidance_scale": 2.0}, "guidance_scale=2.0 and dola_layers cannot be combined"),
+        (GROUPS | {"num_beams": 4, "num_return_sequences": 1, "diversity_penalty": 1.0}, "num_beams=4 is no multiple"),
+        (GROUPS, "num_beam_groups=3 without a diversity_penalty"),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, "diversity_penalty=1.0 is between groups"),
+        (GROUPS | {"diversity_penalty": 1.0, "do_sample": True, "key": jax.random.key(0)}, "num_beam_groups=3 and do_sample=True"),
+        ({"force_words_ids": [[3]]}, "set num_beams to 2 or more"),
+        ({"num_beams": 2, "force_words_ids": []}, "force_words_ids is a list of phrases"),
+        ({"num_beams": 2, "force_words_ids": [[]]}, "a phrase is a list of token ids"),
+        ({"num_beams": 2, "force_words_ids": [[3, -1]]}, "a phrase is a list of token ids"),
+        ({"num_beams": 2, "force_words_ids": [[[3], [3, 4]]]}, r"the phrase \[3\] begins another"),
+        ({"num_beams": 2, "force_words_ids": [[101]]}, "a constraint names token 101; the model's vocabulary has 101"),
+        ({"num_beams": 2, "constraints": ["no"]}, "expected PhrasalConstraint and DisjunctiveConstraint"),
+        (GROUPS | {"diversity_penalty": 1.0, "force_words_ids": [[3]]}, "constraints and num_beam_groups=3 cannot be combined"),
         ({"penalty_alpha": 0.5, "top_k": 4, "num_return_sequences": 2}, "num_return_sequences=2"),
     ],
     ids=str,
 )
 def test_bad_options(options, words):
     with compilations() as found, pytest.raises(ValueError, match=words):
-        generate(*ours(), np.full((1, 9), 5), max_new_tokens=4, **options)
+        generate(*ours(), np.full((1, 9), 5), **{"max_new_tokens": 4, **options})
     assert found == []
