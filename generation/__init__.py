@@ -1,7 +1,12 @@
 """Text generation inside jit: HF's `generate`, its options and processors."""
 
+from jaxmodels.generation.beam import BeamSearch
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
+from jaxmodels.generation.constraints import ConstrainedBeamSearch, DisjunctiveConstraint, PhrasalConstraint
+from jaxmodels.generation.contrastive import ContrastiveSearch
+from jaxmodels.generation.diverse import DiverseBeamSearch
+from jaxmodels.generation.dola import DoLa
 from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.loop import GenerateOutput, TurnCache, bucket, generate
@@ -42,6 +47,12 @@ from jaxmodels.generation.streamers import TextIteratorStreamer, TextStreamer
 from jaxmodels.generation.watermark import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkDetectorOutput, WatermarkingConfig
 
 __all__ = [
+    "BeamSearch",
+    "ConstrainedBeamSearch",
+    "ContrastiveSearch",
+    "DisjunctiveConstraint",
+    "DiverseBeamSearch",
+    "DoLa",
     "EncoderNoRepeatNGram",
     "EncoderRepetitionPenalty",
     "EpsilonCutoff",
@@ -61,6 +72,7 @@ __all__ = [
     "MinP",
     "NoRepeatNGram",
     "Normalize",
+    "PhrasalConstraint",
     "RemoveInvalid",
     "RepetitionPenalty",
     "Sampling",
