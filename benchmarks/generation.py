@@ -53,31 +53,28 @@ def beam(theirs: Any, model: Any, params: Any, rounds: int) -> None:
 
 def reorder(theirs: Any, model: Any, params: Any, rounds: int) -> None:
     """A step of the model over 4 rows and what moving the cache adds, in ms."""
+    rows = jnp.array([1, 0, 0, 2])
+    moves: dict[str, Any] = {
+        "no move": lambda cache: cache,
+        "rows stay": lambda cache: cache.reorder(jnp.arange(BEAMS), cache.index - 16, cache.index),
+        "16 columns differ": lambda cache: cache.reorder(rows, cache.index - 16, cache.index),
+        "all columns differ": lambda cache: cache.reorder(rows, jnp.int32(0), cache.index),
+        "take": lambda cache: cache.take(rows),
+    }
+
+    def loop(move: Any) -> Any:
+        def body(params: Any, carry: Any) -> Any:
+            out = model.apply({"params": params}, carry[0], cache=carry[1])
+            return out.logits.argmax(-1), move(out.cache).replace(index=carry[1].index)
+
+        token = jnp.ones((BEAMS, 1), jnp.int32)
+        return jax.jit(lambda params, cache: jax.lax.fori_loop(0, 16, lambda _, carry: body(params, carry), (token, cache)))
+
     for slots in (96, 1024):
         start = jm.init_cache(model, BEAMS, slots).replace(index=jnp.int32(slots - 32), fresh=False)
-        token = jnp.ones((BEAMS, 1), jnp.int32)
-        rows = jnp.array([1, 0, 0, 2])
-        moves = {
-            "no move": lambda cache: cache,
-            "rows stay": lambda cache: cache.reorder(jnp.arange(BEAMS), cache.index - 16, cache.index),
-            "16 columns differ": lambda cache: cache.reorder(rows, cache.index - 16, cache.index),
-            "all columns differ": lambda cache: cache.reorder(rows, jnp.int32(0), cache.index),
-            "take": lambda cache: cache.take(rows),
-        }
-        runs = {}
-        for name, move in moves.items():
-
-            def loop(params: Any, cache: Any, move: Any = move) -> Any:
-                def body(_: Any, carry: Any) -> Any:
-                    out = model.apply({"params": params}, carry[0], cache=carry[1])
-                    return out.logits.argmax(-1), move(out.cache).replace(index=carry[1].index)
-
-                return jax.lax.fori_loop(0, 16, body, (token, cache))
-
-            compiled = jax.jit(loop)
-            runs[name] = lambda compiled=compiled, start=start: jax.block_until_ready(compiled(params, start))
-        times = paired(runs, rounds)
-        for name, seconds in times.items():
+        loops = {name: loop(move) for name, move in moves.items()}
+        runs = {name: lambda run=run, start=start: jax.block_until_ready(run(params, start)) for name, run in loops.items()}
+        for name, seconds in paired(runs, rounds).items():
             print(f"| step, {slots} slots, {name} | | {1000 * seconds / 16:.1f} | ms | |", flush=True)
 
 
