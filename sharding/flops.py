@@ -10,24 +10,26 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+def count_flops(function: Callable[..., Any], *arguments: Any, ragged_share: float = 1.0) -> float:
     """Of function(*arguments) over all devices, two for a multiplication and its addition; arguments may be jax.ShapeDtypeStruct.
     What XLA drops or repeats is not seen; a while loop counts once, of a condition the dearer branch, of a Pallas kernel every block
-    of its grid."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    of its grid, and of a ragged product's rows `ragged_share`, those that belong to a group."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, ragged_share)
 
 
-def _count(jaxpr: Jaxpr) -> float:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def _count(jaxpr: Jaxpr, ragged_share: float) -> float:
+    return sum(_equation(e, ragged_share) for e in jaxpr.eqns)
 
 
-def _equation(e: Any) -> float:
+def _equation(e: Any, ragged_share: float) -> float:
     name, params = e.primitive.name, e.params
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
         return 2.0 * e.outvars[0].aval.size * math.prod(e.invars[0].aval.shape[i] for i in contract)
     if name in ("ragged_dot", "ragged_dot_general"):
-        return 2.0 * e.outvars[0].aval.size * e.invars[0].aval.shape[-1]
+        x, w = (operand.aval.shape for operand in e.invars[:2])
+        rows = x[0] * ragged_share  # contracted over its features, or over the rows of each group
+        return 2.0 * rows * (w[-2] * w[-1] if len(w) == 3 else x[-1] * w[-1])
     if name == "conv_general_dilated":
         numbers = params["dimension_numbers"]
         kernel = e.invars[1].aval.shape
@@ -39,7 +41,7 @@ def _equation(e: Any) -> float:
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])  # its trace is of one shard
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
-    inner = [_count(j) for j in _jaxprs(params)]
+    inner = [_count(j, ragged_share) for j in _jaxprs(params)]
     return times * (max(inner, default=0.0) if name == "cond" else sum(inner))
 
 

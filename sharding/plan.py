@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections import defaultdict
@@ -77,10 +78,7 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        total = 1
-        for size in self.mesh.values():
-            total *= size
-        return total
+        return math.prod(self.mesh.values())
 
     @property
     def needed(self) -> int:
@@ -204,7 +202,8 @@ def plan(
     )
     jitted, arguments = PROGRAMS[job](model, batch, length)
     plain = PROGRAMS[job](dataclasses.replace(model, remat=None), batch, length)[0]
-    flops, useful = count_flops(jitted, *arguments), count_flops(plain, *arguments)
+    share = _own_rows(laid)
+    flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
     shape = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
@@ -264,6 +263,12 @@ def rank(plans: Sequence[Plan]) -> list[Plan]:
 def _short(message: str) -> str:
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
     return f"{used[1]} of {used[2]} HBM" if used else message.splitlines()[0][:200]
+
+
+def _own_rows(rules: Rules) -> float:
+    """Of the tokens that a device gathers along the axes that split the experts, the share that goes to its own."""
+    axes = [a for a in dict(rules.table).get("experts", ()) if a in rules.mesh.shape]
+    return 1 / math.prod(rules.mesh.shape[a] for a in axes)
 
 
 def _train(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
