@@ -39,18 +39,14 @@ def causal_conv(
         begin, count = jnp.argmax(real, 1), jnp.sum(real, 1)
         gaps = jnp.any(real & (jnp.arange(T) >= (begin + count)[:, None]))  # a row's tokens do not stand side by side
 
-        def gather(x: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(x, jnp.argsort(~real, axis=1, stable=True)[..., None], 1)
-
-        def spread(y: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(y, jnp.maximum(jnp.cumsum(real, 1) - 1, 0)[..., None], 1)
-
-        seen = jnp.pad(lax.cond(gaps, gather, lambda x: x, x), ((0, 0), (K - 1, 0), (0, 0)))
+        order, place = jnp.argsort(~real, axis=1, stable=True), jnp.maximum(jnp.cumsum(real, 1) - 1, 0)  # the same in all layers
+        move = lambda x, to: lax.cond(gaps, lambda x: jnp.take_along_axis(x, to[..., None], 1), lambda x: x, x)
+        seen = jnp.pad(move(x, order), ((0, 0), (K - 1, 0), (0, 0)))
         begin = jnp.where(gaps, 0, begin)
         if window is not None:  # in the place of the padding before a row's first token
             seen = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(seen, window.astype(x.dtype), begin)
         after = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, K - 1))(seen, begin + count)
-        y = lax.cond(gaps, spread, lambda y: y, _taps(seen, weight, bias))
+        y = move(_taps(seen, weight, bias), place)
     return jnp.where(real[..., None], y, 0), after
 
 
