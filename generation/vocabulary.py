@@ -28,7 +28,7 @@ def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     spec = "" if decoder is None else json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     falls_back = '"ByteFallback"' in spec
     table = byte_table() if not falls_back and '"ByteLevel"' in spec else {}
-    before = tokenizer.convert_ids_to_tokens(tokenizer(ANCHOR, add_special_tokens=False)["input_ids"])
+    before = tokenizer.tokenize(ANCHOR)
 
     def read(token: str) -> bytes:
         if table and all(char in table for char in token):

@@ -94,7 +94,7 @@ def test_masks_are_what_spelling_out_gives(tokenizer):
     mask = jax.jit(lambda sequences: GrammarMask(np.array([eos, -1], np.int32))(sequences, jnp.zeros((1, V)))[0] == 0)
     append = jax.jit(lambda sequences, token: sequences.append(token, jnp.ones(1, bool)))
     state = 0
-    for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], None]:
+    for token in [*tokenizer.encode(text, add_special_tokens=False), None]:
         want = [n < len(spelled) and n not in special and len(spelled[n]) > 0 and follows(goto, spelled[n], state) >= 0 for n in range(V)]
         want[eos] = bool(accept[state])
         np.testing.assert_array_equal(mask(sequences), want)

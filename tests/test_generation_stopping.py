@@ -53,7 +53,7 @@ def stops(tokenizer, words, ids):
 def test_stop_strings_are_transformers(pair, words, cut):
     """Token by token, characters split over tokens included."""
     mine, theirs = pair
-    ids = mine(TEXT[cut:], add_special_tokens=False)["input_ids"]
+    ids = mine.encode(TEXT[cut:], add_special_tokens=False)
     criterion = StopStringCriteria(theirs, words)
     want = [bool(criterion(torch.tensor([ids[: n + 1]]), None)[0]) for n in range(len(ids))]
     assert stops(mine, words, ids) == want
@@ -61,7 +61,7 @@ def test_stop_strings_are_transformers(pair, words, cut):
 
 def test_a_string_may_begin_in_the_prompt(pair):
     tokenizer, _ = pair
-    ids = np.array([tokenizer("a return", add_special_tokens=False)["input_ids"]])
+    ids = np.array([tokenizer.encode("a return", add_special_tokens=False)])
     follower = StopStrings.of(tokenizer, ["return"], len(tokenizer))
     begun = Sequences.of(ids[:, :-1]).follow((follower,)).followers[0]
     assert not begun.hit[0] and begun.append(jnp.asarray(ids[:, -1]), jnp.ones(1, bool)).hit[0]
