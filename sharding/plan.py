@@ -274,12 +274,11 @@ def _own_rows(rules: Rules) -> float:
 def _train(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
     import optax
 
-    from jaxmodels.training import TrainState, make_train_step
-    from jaxmodels.training.trainable import placement
+    from jaxmodels.training.step import TrainState, make_train_step, state_placement
 
     optimizer, params, tokens = optax.adamw(1e-4), abstract_params(model), _tokens(model, batch, length)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))  # type: ignore[arg-type]
-    return make_train_step(model, optimizer), (_placed(state, placement(model, state)), {"input_ids": tokens, "labels": tokens})
+    return make_train_step(model, optimizer), (_placed(state, state_placement(model, state)), {"input_ids": tokens, "labels": tokens})
 
 
 def _tokens(model: Any, batch: int, columns: int) -> jax.ShapeDtypeStruct:

@@ -31,12 +31,17 @@ _FSDP: Table = (("embed", ("fsdp",)),)
 
 PRESETS: dict[str, Table] = {
     "replicated": _ACTIVATIONS[:1],
+    "zero1": _ACTIVATIONS,
+    "zero2": _ACTIVATIONS,
     "fsdp": _ACTIVATIONS + _FSDP,
     "tensor": _ACTIVATIONS + _TENSOR,
     "fsdp+tensor": _ACTIVATIONS + _FSDP + _TENSOR,
     "expert": (*_ACTIVATIONS, *_FSDP, *_TENSOR, ("experts", ("expert",))),
     "sequence": (*_ACTIVATIONS, *_FSDP, *_TENSOR, ("seq", ("sequence",))),
 }
+
+
+SPLIT = {"zero1": {"optimizer": _FSDP}, "zero2": {"optimizer": _FSDP, "gradients": _FSDP}}  # what lives elsewhere than its parameter
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -65,13 +70,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """A mesh and a table from logical axes to mesh axes; of the usual mesh axes, those that the mesh lacks do not count. Hashable, so
-    static under jit. ValueError for a mesh axis that is neither usual nor the mesh's."""
+    static under jit. ValueError for a mesh axis that is neither usual nor the mesh's.
+
+    optimizer, gradients: tables for the optimizer's state and for gradients, where these do not live as their parameters: whole parameters
+    beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`."""
 
     mesh: Mesh | AbstractMesh
     table: Table
+    optimizer: Table | None = None
+    gradients: Table | None = None
 
     def __post_init__(self) -> None:
-        unknown = {m for _, wanted in self.table for m in wanted} - {*MESH_AXES, *self.mesh.shape}
+        tables = (self.table, self.optimizer or (), self.gradients or ())
+        unknown = {m for table in tables for _, wanted in table for m in wanted} - {*MESH_AXES, *self.mesh.shape}
         if unknown:
             raise ValueError(
                 f"the rules name mesh axes {sorted(unknown)}; the mesh has {list(self.mesh.shape)}, usual are {', '.join(MESH_AXES)}"
@@ -81,7 +92,12 @@ class Rules:
     def preset(cls, name: str, mesh: Mesh | AbstractMesh) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
-        return cls(mesh, PRESETS[name])
+        return cls(mesh, PRESETS[name], **SPLIT.get(name, {}))
+
+    def of(self, role: str) -> Rules:
+        """The rules by which `params`, `gradients` or the `optimizer`'s state live."""
+        table = self.gradients if role == "gradients" else self.optimizer if role == "optimizer" else None
+        return self if table is None else Rules(self.mesh, table)
 
     @property
     def platform(self) -> str:

@@ -74,8 +74,13 @@ def create_train_state(model: Any, optimizer: optax.GradientTransformation, para
     put = lambda tree: jax.device_put(tree, placement(model, tree))
     trained = put(trained)
     # (A plain jit of optimizer.init would replicate the moments.)
-    opt_state = jax.jit(optimizer.init, out_shardings=placement(model, jax.eval_shape(optimizer.init, trained)))(trained)
+    opt_state = jax.jit(optimizer.init, out_shardings=placement(model, jax.eval_shape(optimizer.init, trained), "optimizer"))(trained)
     return TrainState(put(jnp.zeros((), jnp.int32)), merge(trained, put(fixed)), opt_state, put(scale))
+
+
+def state_placement(model: Any, state: TrainState) -> TrainState:
+    """A sharding for every leaf of a state, or of its shapes, when the model has rules."""
+    return placement(model, state).replace(opt_state=placement(model, state.opt_state, "optimizer"))  # type: ignore[no-any-return]
 
 
 def count_items(model: Any, batch: Batch) -> jax.Array:
@@ -205,6 +210,8 @@ def make_train_step(
             body = lambda sums, xs: (jax.tree.map(jnp.add, sums, counted(*xs)), None)
             first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, batch, 0))
             (grads, (value, extra)), _ = lax.scan(body, first, (parts, jnp.arange(accumulation_steps)))
+        if model.rules is not None:
+            grads = lax.with_sharding_constraint(grads, placement(model, grads, "gradients"))
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda g: g / scale, grads)
         norm = optax.tree.norm(grads)
@@ -234,7 +241,7 @@ class _PlacedStep:
     def program(self, state: TrainState) -> Any:
         structure = jax.tree.structure(state)
         if structure not in self.programs:
-            self.programs[structure] = jax.jit(self.step, donate_argnums=0, out_shardings=(placement(self.model, state), None))
+            self.programs[structure] = jax.jit(self.step, donate_argnums=0, out_shardings=(state_placement(self.model, state), None))
         return self.programs[structure]
 
     def __call__(self, state: TrainState, batch: Batch, key: jax.Array | None = None) -> tuple[TrainState, Metrics]:

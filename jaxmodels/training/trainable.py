@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,10 +39,10 @@ def merge(trained: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tree:
     return unflatten(flatten(trained) | flatten(fixed))
 
 
-def placement(model: Any, state: Any) -> Any:
-    """A sharding for every leaf of a training state when the model has rules: what belongs to a parameter (its moments) lives as the
-    parameter, by the end of its path; the rest is everywhere."""
-    table = flatten(abstract_params(model))
+def placement(model: Any, tree: Any, role: str = "params") -> Any:
+    """A sharding for every leaf of a tree when the model has rules: what belongs to a parameter (its moments, by the end of its path) lives
+    as the rules say of such a `role`, params, gradients or optimizer; the rest is everywhere."""
+    table = flatten(abstract_params(dataclasses.replace(model, rules=model.rules.of(role))))
     everywhere = NamedSharding(model.rules.mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -52,4 +53,4 @@ def placement(model: Any, state: Any) -> Any:
                 return owner.sharding
         return everywhere
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(place, tree)
