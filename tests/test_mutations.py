@@ -15,6 +15,7 @@ from tester import Case, FamilyTester
 from jaxmodels import layers, model
 from jaxmodels.cache import KV, Cache
 from jaxmodels.convert import parity
+from jaxmodels.models import bert
 from jaxmodels.ops import attention
 from jaxmodels.params import flatten, unflatten
 
@@ -122,20 +123,20 @@ def table_in_bfloat16(patch):
 
 
 def sees_the_next_token(patch):
-    wrap(patch, attention, "visible", lambda original, q, k, window=None: original(q + 1, k, window))
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: original(q + 1, k, *rest))
 
 
 def misses_its_own_token(patch):
     """Each token but the first."""
-    wrap(patch, attention, "visible", lambda original, q, k, window=None: original(jnp.where(q > 0, q - 1, q), k, window))
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: original(jnp.where(q > 0, q - 1, q), k, *rest))
 
 
 def sees_padding(patch):
-    wrap(patch, attention, "visible", lambda original, q, k, window=None: k[:, None, None] <= q[:, None, :, None])
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: k[:, None, None] <= q[:, None, :, None])
 
 
 def forgets_far_tokens(patch):
-    wrap(patch, attention, "visible", lambda original, q, k, window=None: original(q, k, 150))
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: original(q, k, 150))
 
 
 def no_scale(patch):
@@ -219,6 +220,43 @@ def test_a_wrong_op_is_caught(plain, monkeypatch, mutation):
     if mutation is not always_tied:
         caught("hidden_states", case)
         assert case.report.first_divergent == ("layer 1 + norm" if mutation is no_final_norm else "layer 0")
+
+
+# ---- an encoder ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    values = {k: v for k, v in torch_config().to_dict().items() if k in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = transformers.BertConfig(**values, num_hidden_layers=2, num_attention_heads=6, pad_token_id=None)
+    case = Case.make(config, tmp_path_factory.mktemp("encoder"), False, "AutoModelForMaskedLM", {"token_type_ids": 2})
+    case.torch, case.torch64, case.loaded  # noqa: B018
+    return case
+
+
+def sees_what_precedes(patch):
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: original(q, k))
+
+
+def sees_everything(patch):
+    wrap(patch, attention, "visible", lambda original, q, k, *rest: original(q, jnp.maximum(k, 0), *rest))
+
+
+def one_position_further(patch):
+    wrap(patch, layers.Step, "lookup", lambda original, *args: original(*args) + 1)
+
+
+def one_kind_of_token(patch):
+    wrap(
+        patch, bert.BertEmbeddings, "__call__", lambda original, self, words, types, positions: original(self, words, 0 * types, positions)
+    )
+
+
+@pytest.mark.parametrize("mutation", [sees_what_precedes, sees_everything, one_position_further, one_kind_of_token, no_bias, no_scale])
+def test_a_wrong_encoder_is_caught(encoder, monkeypatch, mutation):
+    run("logits", again(encoder))
+    mutation(monkeypatch)
+    caught("logits", again(encoder))
 
 
 # ---- the cache: one forward pass is right ------------------------------------------------------------------------------------------

@@ -259,6 +259,11 @@ class BertHead(Head):
     def answer(self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None) -> Any:
         raise NotImplementedError
 
+    def words(self, out: BaseModelOutputWithPooling) -> jax.Array:
+        """Logits [B,T,V] of the language head."""
+        logits = self.cls.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings.weight)
+        return logits if self.rules is None else self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
+
     def __call__(
         self,
         input_ids: jax.Array | None = None,
@@ -283,9 +288,7 @@ class BertForMaskedLM(BertHead):
         self.cls = PretrainingHeads(self.config)
 
     def answer(self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None) -> MaskedLMOutput:
-        logits = self.cls.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings.weight)
-        if self.rules is not None:
-            logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
+        logits = self.words(out)
         loss = None if labels is None else cross_entropy(logits, labels)
         return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
@@ -311,7 +314,7 @@ class BertForPreTraining(BertHead):
     def answer(  # type: ignore[override]
         self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None, next_sentence_label: jax.Array | None = None
     ) -> PreTrainingOutput:
-        logits = self.cls.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings.weight)
+        logits = self.words(out)
         pairs = self.cls.seq_relationship(out.pooler_output)
         loss = None
         if labels is not None and next_sentence_label is not None:
@@ -352,7 +355,8 @@ class BertForMultipleChoice(BertHead):
             raise ValueError(f"input_ids has shape {input_ids.shape}; multiple choice expects [batch, choices, tokens]")
         flat = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
         inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))
-        labels["choices"] = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        labels["choices"] = 1 if given is None else given.shape[1]
         return super().__call__(*inputs, output_hidden_states, output_attentions, flat(token_type_ids), **labels)
 
     def answer(  # type: ignore[override]
@@ -378,14 +382,13 @@ class BertForQuestionAnswering(QuestionAnswering):
 def rules(config: BertConfig) -> Sequence[Op]:
     """Files from TensorFlow's days call the norms' parameters gamma and beta; some of a tied head hold its weight and bias twice."""
     head = "cls.predictions"
-    bias = tied_head(config, f"{head}.decoder.bias", f"{head}.bias")
     return (
         Alias("**LayerNorm.weight", ("**LayerNorm.gamma",)),
         Alias("**LayerNorm.bias", ("**LayerNorm.beta",)),
         Ignore(("**embeddings.position_ids", "**embeddings.token_type_ids")),
         Detachable(("bert.pooler.**",)),
         *tied_head(config, f"{head}.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        *bias,
+        *tied_head(config, f"{head}.decoder.bias", f"{head}.bias"),
     )
 
 
