@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, N state size, R time step rank."""
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class FalconMambaMixer(MambaMixer):
 class FalconMambaBlock(MambaBlock):
     mixer = FalconMambaMixer
 
-    def make_mixer(self) -> nn.Module:
-        return super().make_mixer(eps=self.config.mixer_rms_eps)
+    def make_mixer(self, **more: Any) -> nn.Module:
+        return super().make_mixer(eps=self.config.mixer_rms_eps, **more)
 
 
 class FalconMambaModel(MambaModel):

@@ -129,9 +129,10 @@ class JambaBlock(nn.Module):
         if attends:
             h, state, weights = JambaAttention(c, name="self_attn")(h, state, step)
         else:
-            sizes = (c.mamba_expand * c.hidden_size, c.mamba_d_state, c.mamba_dt_rank, c.mamba_d_conv, c.hidden_act)
-            rest = {"use_bias": c.mamba_proj_bias, "use_conv_bias": c.mamba_conv_bias, "eps": c.rms_norm_eps}
-            mixer = JambaMixer(*sizes, init_std=c.initializer_range, residual_std=c.initializer_range, **rest, name="mamba")
+            sizes: Any = {"state_size": c.mamba_d_state, "rank": c.mamba_dt_rank, "kernel": c.mamba_d_conv, "eps": c.rms_norm_eps}
+            sizes |= {"use_bias": c.mamba_proj_bias, "use_conv_bias": c.mamba_conv_bias, "hidden_act": c.hidden_act}
+            sizes |= {"init_std": c.initializer_range, "residual_std": c.initializer_range}
+            mixer = JambaMixer(c.mamba_expand * c.hidden_size, **sizes, name="mamba")
             h, state = mixer(h, state, step)
         x = x + h
         h = norm(name="pre_ff_layernorm")(x)
@@ -145,7 +146,7 @@ class JambaBlock(nn.Module):
 class JambaModel(MixtralModel):
     """attentions and router_logits: those of the layers that have them."""
 
-    block = JambaBlock
+    block = JambaBlock  # type: ignore[assignment]
 
     def setup(self) -> None:
         c = self.config
@@ -159,7 +160,7 @@ class JambaModel(MixtralModel):
     def rope(self, step: Step, position_ids: jax.Array | None) -> None:
         return None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> MoeModelOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> MoeModelOutput:  # type: ignore[override]
         out = super().__call__(*args, **kwargs)
         return out.replace(attentions=out.attentions and tuple(w for w in out.attentions if w is not None))  # type: ignore[attr-defined,no-any-return]
 

@@ -35,7 +35,7 @@ class RecurrentGemmaConfig(DecoderConfig):
     intermediate_size: int = 7680  # of gate_proj and up_proj together
     num_hidden_layers: int = 26
     num_attention_heads: int = 10
-    lru_width: int | None = None  # hidden_size
+    lru_width: int = None  # type: ignore[assignment]  # hidden_size
     attention_window_size: int = 2048
     conv1d_width: int = 4
     logits_soft_cap: float = 30.0
@@ -64,7 +64,6 @@ class RecurrentGemmaConfig(DecoderConfig):
     def layer_spec(self, kind: Hashable) -> RecurrentSpec | SlidingKVSpec:
         if kind == "attention":
             return SlidingKVSpec(self.num_key_value_heads, self.head_dim, self.attention_window_size)
-        assert self.lru_width is not None
         return RecurrentSpec(windows=((self.conv1d_width - 1, self.lru_width, "act_mlp"),), state=((self.lru_width, "act_mlp"),))
 
 
