@@ -102,8 +102,8 @@ def test_progress_of_constraints():
             assert bool(progress.completed[0]) == (not options)
 
 
-def test_constraints_are_kept():
-    """Every returned hypothesis that had the time to holds every phrase; objects and lists are the same constraints."""
+def test_constraints_as_objects():
+    """The same as lists of ids."""
     options = FORCED | {"max_new_tokens": 16, "num_return_sequences": 1}
     lists = generate(*ours(True), *prompts(), **options, force_words_ids=CHOICES)
     objects = [DisjunctiveConstraint(CHOICES[0]), PhrasalConstraint(CHOICES[1])]
