@@ -371,7 +371,7 @@ def load_adapter(directory: str | Path, model: Any, params: Any) -> tuple[Tree, 
     left = sorted(set(found) - set(source.values()) - set(loose))
     if missing or left:
         raise CheckpointError(f"{directory}: the adapter does not fit this model; missing are {missing[:4]}, not used are {left[:4]}")
-    whole = {}
+    whole: dict[str, Any] = {}
     for name, key in source.items():
         module, _, last = name.rpartition(".")
         file = _file_module(_structure(model), module)

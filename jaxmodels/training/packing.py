@@ -37,9 +37,9 @@ def pack_documents(
         bisect.insort(room, (left - len(documents[i]), row))
     out = {"input_ids": pad_token_id, "labels": IGNORE, "segment_ids": 0}
     packed = {name: np.full((len(rows), length), fill, np.int32) for name, fill in out.items()}
-    for r, row in enumerate(rows):
+    for r, inside in enumerate(rows):
         start = 0
-        for number, i in enumerate(row, 1):
+        for number, i in enumerate(inside, 1):
             stop = start + len(documents[i])
             packed["input_ids"][r, start:stop], packed["labels"][r, start:stop] = documents[i], targets[i]
             packed["segment_ids"][r, start:stop] = number
