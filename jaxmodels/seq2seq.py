@@ -52,7 +52,8 @@ class EncoderDecoder(Model):
             else:
                 encoded = encoder_outputs if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput(*encoder_outputs[:1])
                 mask = None if attention_mask is None else jnp.asarray(attention_mask)
-                positions = begin(encoded.last_hidden_state.shape[:2], mask, None)[0].positions
+                B, S, _ = encoded.last_hidden_state.shape
+                positions = begin((B, S), mask, None)[0].positions
             step = step.replace(source=Source(jnp.asarray(encoded.last_hidden_state, self.dtype), positions))
             states = None if states is None else tuple(s.replace(cross=s.cross.room(positions.shape[1])) for s in states)
         x, states, hidden, weights = self.decoder(self.embed(decoder_input_ids, decoder_inputs_embeds), states, step)

@@ -321,7 +321,7 @@ class T5EncoderModel(Model):
         return self.encode(input_ids, attention_mask, inputs_embeds, output_hidden_states, output_attentions)[0]
 
 
-class T5Model(EncoderDecoder, T5EncoderModel):
+class T5Model(EncoderDecoder, T5EncoderModel):  # type: ignore[misc]  # which take different inputs
     """Encoder and decoder without a head."""
 
     def setup(self) -> None:
@@ -412,7 +412,7 @@ class T5ForSequenceClassification(Head):
         concrete input_ids has no end-of-sequence token."""
         ends = self.ends(input_ids, attention_mask)
         inputs = self.transformer.decoder_inputs(input_ids, attention_mask, inputs)
-        out = self.run_base(input_ids, attention_mask, **inputs)
+        out = self.transformer(input_ids, attention_mask, **inputs)
         last = jnp.max(jnp.where(ends, jnp.arange(ends.shape[1]), 0), 1)
         logits = self.classification_head(jnp.take_along_axis(out.last_hidden_state, last[:, None, None], 1)[:, 0])
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)

@@ -15,7 +15,8 @@ def distance_buckets(num: int, max_distance: int, causal: bool) -> np.ndarray:
     """int [2 max_distance + 1]: the bucket, of `num`, of a key d tokens after its query, for d from -max_distance to max_distance.
 
     Half of the buckets are one distance each, the others ever wider up to max_distance; not causal, half of all look ahead."""
-    distance, first = np.arange(-max_distance, max_distance + 1), 0
+    distance = np.arange(-max_distance, max_distance + 1)
+    first = np.zeros_like(distance)
     if causal:
         distance = np.maximum(-distance, 0)
     else:
