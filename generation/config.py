@@ -256,7 +256,7 @@ class GenerationConfig:
                 "do_sample, with every processor and stopping criterion of HF's"
             )
         full._check_tokens(model_config.vocab_size)
-        used = {"top_k"} if full.penalty_alpha else set()
+        used = {"top_k"} if full.penalty_alpha is not None else set()
         idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and k not in used and _differs(getattr(self, k), off)]
         idle += [k for k, off in BEAMS_ONLY.items() if full.num_beams == 1 and _differs(getattr(self, k), off)]
         if idle:

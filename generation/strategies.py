@@ -53,7 +53,16 @@ def build_strategy(
 
 def contrastive(config: Any) -> bool:
     """Whether a filled GenerationConfig asks for contrastive search, by HF's rule."""
-    return config.num_beams == 1 and not config.do_sample and config.top_k > 1 and bool(config.penalty_alpha)
+    if config.num_beams > 1 or config.do_sample or not _active(config.penalty_alpha):
+        return False
+    if isinstance(config.top_k, jax.core.Tracer):
+        raise ValueError("top_k decides shapes in contrastive search: make it static in jax.jit, static_argnames=('top_k',)")
+    return config.top_k > 1
+
+
+def _active(value: Any) -> bool:
+    """Set to something other than 0; what is traced may be."""
+    return isinstance(value, jax.core.Tracer) or bool(value)
 
 
 def check(config: Any, model_config: Any, streamer: Any = None) -> None:
@@ -68,6 +77,8 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
             f"num_return_sequences={returned} returns equal rows in greedy decoding; set do_sample=True or num_beams={returned} or more"
         )
     _check_beams(config, model_config.vocab_size)
+    if contrastive(config) and config.top_k > model_config.vocab_size:
+        raise ValueError(f"top_k={config.top_k} candidates are more than the vocabulary's {model_config.vocab_size} tokens")
     looks = {"penalty_alpha": contrastive(config), "dola_layers": config.dola_layers is not None}
     if config.dola_layers is not None:
         if beams > 1 or looks["penalty_alpha"]:
@@ -87,11 +98,11 @@ def _check_beams(config: Any, vocab_size: int) -> None:
     if groups > 1:
         if beams % groups or beams == 1:
             raise ValueError(f"num_beam_groups={groups} divides the beams into equal groups; num_beams={beams} is no multiple of it")
-        if not penalty:
+        if not _active(penalty):
             raise ValueError(
                 f"num_beam_groups={groups} without a diversity_penalty above 0 would be {groups} times the same search; set one"
             )
-    elif penalty:
+    elif _active(penalty):
         raise ValueError(
             f"diversity_penalty={penalty} is between groups of beams: set num_beam_groups to 2 or more, and num_beams to a multiple"
         )
