@@ -115,7 +115,7 @@ class Tries:
     @classmethod
     def of(cls, constraints: Sequence[PhrasalConstraint | DisjunctiveConstraint]) -> Tries:
         """Sizes are powers of two, so that other phrases are the same program."""
-        Q = room(len(constraints), least=2)
+        Q = room(len(constraints), least=4)
         nodes: list[dict[int, int]] = [{} for _ in range(Q)]
         depth = [0] * Q
         for root, constraint in enumerate(constraints):

@@ -104,10 +104,9 @@ def test_progress_of_constraints():
 
 def test_constraints_as_objects():
     """The same as lists of ids."""
-    options = FORCED | {"max_new_tokens": 16, "num_return_sequences": 1}
-    lists = generate(*ours(True), *prompts(), **options, force_words_ids=CHOICES)
+    lists = generate(*ours(True), *prompts(), **FORCED, force_words_ids=CHOICES)
     objects = [DisjunctiveConstraint(CHOICES[0]), PhrasalConstraint(CHOICES[1])]
-    given = generate(*ours(True), *prompts(), **options, constraints=objects)
+    given = generate(*ours(True), *prompts(), **FORCED, constraints=objects)
     np.testing.assert_array_equal(lists.sequences, given.sequences)
 
 
