@@ -121,7 +121,7 @@ def test_refusals():
         apply(LlamaForCausalLM(dynamic))
 
 
-def tested(name):
+def family_model(name):
     """The model that the family's own tests use."""
     family = find_family(name)
     classes = [c for c in vars(importlib.import_module(f"test_{name}")).values() if isinstance(c, type)]
@@ -138,7 +138,7 @@ def carries_state(config):
 def test_every_decoder_is_exact_or_refuses(family):
     if "AutoModelForCausalLM" not in find_family(family).classes:
         return
-    model = tested(family)
+    model = family_model(family)
     rope = getattr(model.config, "rope_parameters", None)
     if carries_state(model.config) or getattr(rope, "length_dependent", False):
         with pytest.raises(ValueError, match="give every document its own row"):
