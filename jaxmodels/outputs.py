@@ -69,13 +69,9 @@ class CausalLMOutput(ModelOutput):
 
 
 @struct.dataclass
-class MoeModelOutput(ModelOutput):
-    """As BaseModelOutput; router_logits: [B,T,E] of each layer that has experts."""
+class MoeModelOutput(BaseModelOutput):
+    """router_logits: [B,T,E] of each layer that has experts."""
 
-    last_hidden_state: jax.Array
-    cache: Any = None
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
     router_logits: tuple[jax.Array, ...] | None = None
 
 

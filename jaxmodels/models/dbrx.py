@@ -149,15 +149,15 @@ class DbrxModel(MixtralModel):
         self.norm_f = LayerNorm(use_bias=False)
 
     @property
-    def embed_tokens(self) -> Embedding:
+    def embed_tokens(self) -> Embedding:  # type: ignore[override]
         return self.wte
 
     @property
-    def layers(self) -> Layers:
+    def layers(self) -> Layers:  # type: ignore[override]
         return self.blocks
 
     @property
-    def norm(self) -> LayerNorm:
+    def norm(self) -> LayerNorm:  # type: ignore[override]
         return self.norm_f
 
 

@@ -58,7 +58,7 @@ class MixtralBlock(nn.Module):
 class MixtralModel(LlamaModel):
     """A decoder whose blocks return (attention weights, router logits or None) in the place of attention weights."""
 
-    block = MixtralBlock
+    block: ClassVar[type[nn.Module]] = MixtralBlock
 
     def __call__(
         self,
