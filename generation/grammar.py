@@ -52,7 +52,8 @@ class Grammar:
             text[n, : len(token)] = list(token)
         grow = lambda x: np.pad(x, ((0, A - len(x)), *((0, 0),) * (x.ndim - 1)))
         lengths = np.array([len(token) for token in tokens], np.int32)
-        return cls(*map(jnp.asarray, (grow(np.maximum(goto, 0)), grow(masks), grow(accept), text, lengths)))
+        tables = (grow(np.maximum(goto, 0)), grow(masks), grow(accept), text, lengths)
+        return cls(*map(jnp.asarray, tables))  # type: ignore[arg-type]
 
     @classmethod
     def json_schema(cls, tokenizer: Any, schema: Any, vocab_size: int, whitespace: str | None = None) -> Grammar:

@@ -133,7 +133,7 @@ def _on_host(f: Any) -> bool:
 
 
 @contextmanager
-def numbered(functions: list[Callable[..., Any]], keep: bool = False) -> Iterator[list[np.ndarray]]:
+def numbered(functions: list[Callable[..., Any]], keep: bool = False) -> Iterator[list[np.int32]]:
     """The numbers of Python functions, int32 [] each, within the block; what one of them raised is raised at its end. `keep`: for good,
     since a program that is traced now runs later."""
     numbers = [next(_numbers) for _ in functions]

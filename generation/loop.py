@@ -171,13 +171,14 @@ def generate(
     deadline = None if config.max_time is None else time.perf_counter() + config.max_time
     if traced and deadline is not None:
         raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
+    beams: int = config.num_beams  # type: ignore[assignment]  # filled
     negative = None
     if config.guidance_scale not in (None, 1.0):
         negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
     criteria = stopping_criteria
-    if deadline is not None and config.num_beams > 1:
+    if deadline is not None and beams > 1:
         criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
-    called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, config.num_beams, traced)
+    called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams, traced)
     stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
     if grammar is not None:
         stops = (grammar, *stops)
@@ -194,7 +195,7 @@ def generate(
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))
+        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
     with called() as own:
         processors = build_processors(
             config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,
@@ -207,7 +208,7 @@ def generate(
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
             slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
         )  # fmt: skip
-        if streamer is None and (deadline is None or config.num_beams > 1):
+        if streamer is None and (deadline is None or beams > 1):
             state, report = decode(state, np.int32(limit))
         else:
             state, report = _chunks(decode, state, report, limit, streamer, deadline)
@@ -306,10 +307,10 @@ def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    cache = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
-    if last is not None and len(cache.positions) > len(last[0]):
-        cache = cache.take(np.arange(0, len(cache.positions), len(cache.positions) // len(last[0])))
-    cache = None if last is None else _turn(cache, *last)
+    kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
+    if last is not None and len(kept.positions) > len(last[0]):
+        kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
+    cache = None if last is None else _turn(kept, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:

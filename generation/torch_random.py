@@ -79,7 +79,7 @@ def is_chosen(seeds: jax.Array, ids: jax.Array, V: int, g: int) -> jax.Array:
     """bool [B]: whether ids [B] are among torch.randperm(V)[:g] after manual_seed(seed), for each uint32 seed [B]."""
     targets, places = _targets(seeds, V, g), jnp.arange(g)
 
-    def follow(at: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def follow(at: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         place, since, done, found = at
         hit = ((targets == place[:, None]) & (places >= since[:, None]) & (places < place[:, None])).any(1)
         passed = place < g
