@@ -161,13 +161,13 @@ class GptOssForTokenClassification(TokenClassification):
 
 
 def rules(config: GptOssConfig) -> Sequence[Op]:
-    """Files hold [in, out], and gate and up in one, every second column."""
+    """Files hold [in, out], and gate and up in one, every second column. Turned round first, mxfp4 is split as whole rows."""
     parts = ("**.experts.gate_proj", "**.experts.up_proj")
-    pairs: Any = {"sizes": (1, 1), "axis": -1, "groups": config.intermediate_size}
+    pairs: Any = {"sizes": (1, 1), "axis": 1, "groups": config.intermediate_size}
     return (
+        Transpose("**.experts.*_proj", (0, 2, 1)),
         Split("**.experts.gate_up_proj", parts, **pairs),
         Split("**.experts.gate_up_proj_bias", tuple(f"{part}_bias" for part in parts), **pairs),
-        Transpose("**.experts.*_proj", (0, 2, 1)),
         *tied_head(config),
     )
 
