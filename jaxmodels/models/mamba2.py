@@ -21,7 +21,7 @@ from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import CausalConv, Linear, RMSNorm, Step, activation, parameter
 from jaxmodels.models.mamba import MambaForCausalLM, MambaModel, even_steps
 from jaxmodels.ops.norm import rms_norm
-from jaxmodels.ops.ssm import SSD_CHUNK, ssd
+from jaxmodels.ops.ssm import CHUNK, ssd
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Mamba2Mixer(nn.Module):
         skip = parameter(self, "D", nn.initializers.ones, (None,), (H,)).astype(jnp.float32)
         hidden = hidden.reshape(B, T, H, P)
         b, c_ = jnp.split(groups.reshape(B, T, 2 * G, N), 2, 2)
-        y, h = ssd(hidden, dt, A, b, c_, h, step.positions >= 0, chunk=min(c.chunk_size, SSD_CHUNK))
+        y, h = ssd(hidden, dt, A, b, c_, h, step.positions >= 0, chunk=min(c.chunk_size, CHUNK))
         y = GatedRMSNorm(c.layer_norm_epsilon, G, name="norm")((y + skip[:, None] * hidden).reshape(B, T, E), gate)
         out = Linear(D, ("embed", "heads"), c.use_bias, c.residual_std, name="out_proj")(y.astype(x.dtype))
         return out, None if state is None else state.write((window, other), h, step)

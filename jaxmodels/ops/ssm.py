@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK = 32  # tokens of a recurrence without products
-SSD_CHUNK = 64  # tokens of Mamba-2's; the longer, the more digits the sums of log decays lose
+CHUNK = 32  # tokens
 
 
 def causal_conv(
@@ -145,7 +144,7 @@ def ssd(
     C: jax.Array,
     state: jax.Array | None,
     real: jax.Array,
-    chunk: int = SSD_CHUNK,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Mamba-2's recurrence (arXiv:2405.21060): h = exp(dt A) h + dt x B', y = h C, with one decay a head: a chunk is matrix
     products.
@@ -168,14 +167,17 @@ def ssd(
 
     def body(state: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         x, dt, B, C = inputs  # letters: t and s steps of the chunk
-        sums = jnp.cumsum(dt * heads(A, 0), 0)  # log of the decay since the chunk began
-        later = jnp.tril(jnp.ones((len(dt), len(dt)), bool))
-        between = sums.transpose(1, 2, 3, 0)[..., :, None] - sums.transpose(1, 2, 3, 0)[..., None, :]  # [B,G,H/G,t,s]
-        scores = jnp.einsum("tbgn,sbgn->bgts", C, B)[:, :, None] * jnp.exp(jnp.where(later, between, -jnp.inf))
+        steps = dt * heads(A, 0)
+        sums = jnp.cumsum(steps, 0)  # log of the decay since the chunk began
+        # log of the decay from s to t, [t,s,B,G,H/G]: summed by itself, as differences of sums lose digits
+        later = jnp.arange(len(dt))[:, None] > jnp.arange(len(dt))
+        between = jnp.cumsum(jnp.where(later[..., None, None, None], steps[:, None], 0), 0)
+        seen = jnp.where(later.T[..., None, None, None], -jnp.inf, between).transpose(2, 3, 4, 0, 1)
+        scores = jnp.einsum("tbgn,sbgn->bgts", C, B)[:, :, None] * jnp.exp(seen)
         x = x * dt[..., None]
         y = jnp.einsum("bghts,sbghp->tbghp", scores, x)
         y = y + jnp.einsum("tbgn,bghpn->tbghp", C, state) * jnp.exp(sums)[..., None]
-        left = jnp.exp(sums[-1] - sums)[..., None]  # what is left of each step at the end
+        left = jnp.exp(between[-1])[..., None]  # what is left of each step at the end
         new = jnp.einsum("sbghp,sbgn->bghpn", x * left, B)
         return jnp.exp(sums[-1])[..., None, None] * state + new, y
 
