@@ -62,7 +62,8 @@ def load(
 
     expected: the dtypes are what the arrays get (with `keep_dtypes`, floating ones stay as stored); `.sharding` None is the default device.
     rules: file to tree. `Alias`, `Tie` and `Ignore` act on the file's keys before the others, wherever they stand.
-    base_prefix: keys outside it are a head's, and those of a `Detachable`. A head that the file lacks comes from `init(names)`, with a warning; another head is dropped.
+    base_prefix: keys outside it are a head's, and those of a `Detachable`. A head that the file lacks comes from `init(names)`, with a
+        warning; another head is dropped.
     progress: None shows a bar on a terminal once the work takes over two seconds. where: the source's name in messages.
 
     Raises CheckpointError, before anything is read, for a missing, unexpected or doubled key, a wrong shape or kind of dtype."""

@@ -77,7 +77,7 @@ class DiverseBeamSearch(OlderBeamSearch):
             rows = (first[:, None] + jnp.arange(M)).reshape(-1)
             mine = dataclasses.replace(state, sequences=state.sequences.take(rows))
             penalty = jnp.repeat(used, M, 0)
-            processors = tuple(p.replace(used=penalty) if isinstance(p, HammingDiversity) else p for p in self.processors)
+            processors = tuple(dataclasses.replace(p, used=penalty) if isinstance(p, HammingDiversity) else p for p in self.processors)
             processed = mine.process(processors, log_p[rows])
             before = jax.tree.map(lambda x, g=g: x[:, g] if x.ndim else x, beams)
             found, ends = self._candidates(state, before, processed, first)

@@ -46,7 +46,7 @@ class KV(struct.PyTreeNode):
             start[axis + 1] = step.index
             return lax.dynamic_update_slice(old, new[None], start)
 
-        state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))
+        state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))  # type: ignore[arg-type]
         if not step.fresh:
             k, v = jax.tree.map(lambda x: _swap(_at(x, step.layer), self.heads_first), (state.k, state.v))
         return state, k, v, step.key_positions
@@ -165,7 +165,8 @@ class SlidingKV(struct.PyTreeNode):
 
 
 class CrossKV(struct.PyTreeNode):
-    """Keys and values of an encoder's tokens, computed once: k, v as in KV, positions [B,S], -1 for padding; all perhaps with a leading L."""
+    """Keys and values of an encoder's tokens, computed once: k, v as in KV, positions [B,S], -1 for padding; all perhaps with a
+    leading L."""
 
     k: jax.Array
     v: jax.Array
@@ -352,7 +353,7 @@ class SlidingKVSpec:
         kv = KVSpec(self.heads, self.head_dim).init(batch, W, dtype, layers=layers, heads_first=heads_first)
         lead = () if layers is None else (layers,)
         positions, skipped = jnp.full((*lead, batch, W), -1, jnp.int32), jnp.zeros((*lead, batch), bool)
-        return SlidingKV(kv.k, kv.v, positions, skipped, jnp.zeros(lead, jnp.int32), self.window, heads_first)
+        return SlidingKV(kv.k, kv.v, positions, skipped, jnp.zeros(lead, jnp.int32), self.window, heads_first)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,7 +204,7 @@ def plan(
     plain = PROGRAMS[job](dataclasses.replace(model, remat=None), batch, length)[0]
     share = _own_rows(laid)
     flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
-    shape = {
+    shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
     }  # fmt: skip

@@ -138,7 +138,7 @@ class DeepseekV2MoE(nn.Module):
             scores = keep_groups(scores, c.n_group, c.topk_group, fill=0.0)  # type: ignore[arg-type]
         elif c.topk_method != "greedy":
             raise ValueError(f"topk_method is {c.topk_method!r} in the config; known are greedy and group_limited_greedy")
-        weights, chosen = pick(scores, c.num_experts_per_tok)
+        weights, chosen = pick(scores, c.num_experts_per_tok)  # type: ignore[arg-type]
         return logits, weights * c.routed_scaling_factor, chosen
 
     @nn.compact
@@ -148,7 +148,7 @@ class DeepseekV2MoE(nn.Module):
         logits, weights, chosen = self.route(x)
         sizes = (c.n_routed_experts, c.moe_intermediate_size)
         experts = Experts(*sizes, c.hidden_act, c.initializer_range, c.experts_implementation, name="experts")
-        shared = LlamaMLP(c.replace(intermediate_size=c.n_shared_experts * c.moe_intermediate_size), name="shared_experts")
+        shared = LlamaMLP(c.replace(intermediate_size=c.n_shared_experts * c.moe_intermediate_size), name="shared_experts")  # type: ignore[arg-type]
         return experts(x, weights, chosen, step) + shared(x, step), logits
 
 
@@ -166,7 +166,7 @@ class DeepseekV2Block(nn.Module):
         x = x + h
         h, logits = norm(name="post_attention_layernorm")(x), None
         if self.kind == "dense":
-            h = LlamaMLP(c, name="mlp")(h, step)
+            h = LlamaMLP(c, name="mlp")(h, step)  # type: ignore[arg-type]
         else:
             h, logits = self.moe(c, name="mlp")(h, step)
         return x + h, state, (weights, logits if step.output_router_logits else None)
