@@ -42,13 +42,22 @@ _PUBLIC = {
     "config": ("Config",),
     "convert": ("CheckpointError",),
     "family": ("Family",),
-    "generation": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer", "generate"),
+    "generation": (
+        "GenerationConfig",
+        "Grammar",
+        "TextIteratorStreamer",
+        "TextStreamer",
+        "WatermarkDetector",
+        "WatermarkingConfig",
+        "compute_transition_scores",
+        "generate",
+    ),
     "ops.attention": ("register_attention",),
     "ops.precision": ("parity_mode",),
     "params": ("abstract_params", "count_params", "flatten", "init_params", "param_axes", "unflatten"),
     "processing": ("AutoTokenizer",),
     "sharding": ("Rules", "explain", "make_mesh"),
-    "training": ("TrainState", "make_train_step"),
+    "training": ("TrainState", "create_train_state", "make_eval_step", "make_optimizer", "make_schedule", "make_train_step"),
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)
