@@ -1,6 +1,10 @@
 """What every test needs before jax is imported: eight virtual CPU devices, no network, no cache in the user's home."""
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -16,3 +20,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_").startswith(QUICK):
             item.add_marker("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Every compiled program holds a few memory maps, and Linux gives a process 65,530: past a number, those of earlier files go."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 12_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
