@@ -11,12 +11,19 @@ import jax.numpy as jnp
 from jax import lax
 
 
+FEW_ROWS = 256
+
+
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x [..., I] times weight [O, I] transposed, plus bias [O]: torch.nn.functional.linear. Output [..., O] in x.dtype."""
     weight = weight.astype(x.dtype)
-    if math.prod(x.shape[:-1]) == 1 and x.dtype == jnp.bfloat16:
+    rows = math.prod(x.shape[:-1])
+    if rows == 1 and x.dtype == jnp.bfloat16:
         # XLA:CPU computes one bfloat16 row at a fourteenth of the speed of two.
         y = lax.platform_dependent(x, weight, cpu=_one_row, default=_product)
+    elif 1 < rows <= FEW_ROWS and x.dtype == jnp.float32:
+        # XLA:CPU packs the right operand anew in every product: better the few rows than the weight.
+        y = lax.platform_dependent(x, weight, cpu=_weight_first, default=_product)
     else:
         y = _product(x, weight)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
@@ -29,6 +36,11 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
     rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
     return _product(rows, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # Without the barrier XLA turns a transposed product back into the other one.
+    return jnp.moveaxis(lax.optimization_barrier(lax.dot_general(weight, x, (((1,), (x.ndim - 1,)), ((), ())))), 0, -1)
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
