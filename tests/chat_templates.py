@@ -1,4 +1,6 @@
-"""Chat templates in the published formats of well-known models, written for these tests."""
+"""Chat templates in the published formats of well-known models, written for these tests, and a tool."""
+
+from typing import Literal
 
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
@@ -171,3 +173,18 @@ COMMAND_R_RAG = """{{ bos_token }}<|SYSTEM_TOKEN|><results>
 
 TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "chatml": CHATML, "zephyr": ZEPHYR, "gemma": GEMMA, "command_r": COMMAND_R}
 TEMPLATES |= {"command_r_tool_use": COMMAND_R_TOOL_USE, "command_r_rag": COMMAND_R_RAG}
+
+
+def weather(city: str, unit: Literal["c", "f"] = "c", days: int | None = None) -> list[dict[str, float]]:
+    """Looks up the weather.
+
+    Args:
+        city: The city, e.g.
+            "Gdańsk".
+        unit: Which unit (choices: ["c", "f"])
+        days: How many days
+
+    Returns:
+        The forecast.
+    """
+    return [{city: 20.0}]

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import torch
-from tester import FamilyTester, close
+from cases import close
+from tester import FamilyTester
 
 from jaxmodels import auto
 

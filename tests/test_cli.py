@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tester import tensors
+from cases import tensors
 
 from jaxmodels.cli.main import main
 from jaxmodels.processing import train_bpe

@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import torch
 import transformers
+from cases import close
 from moe_tester import MoeTester
-from tester import VariantTester, close
+from tester import VariantTester
 
 SHAPE = {
     "vocab_size": 263,

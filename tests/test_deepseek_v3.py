@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from cases import close, tensors
 from moe_tester import MoeTester
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from test_deepseek_v2 import SHAPE, RouterLogits
-from tester import VariantTester, close, tensors
+from tester import VariantTester
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from jaxmodels import auto

@@ -1,6 +1,7 @@
 import pytest
 import transformers
-from tester import Case, FamilyTester, VariantTester
+from cases import Case
+from tester import FamilyTester, VariantTester
 
 SHAPE = {
     "vocab_size": 263,

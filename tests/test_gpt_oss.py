@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cases import close, tensors
 from moe_tester import MoeTester
 from safetensors.torch import load_file, save_file
-from tester import VariantTester, close, tensors
+from tester import VariantTester
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from jaxmodels import auto

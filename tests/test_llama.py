@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import transformers
-from tester import Case, FamilyTester, VariantTester, close
+from cases import Case, close
+from tester import FamilyTester, VariantTester
 
 from jaxmodels.cache import init_cache
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM

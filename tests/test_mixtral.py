@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
+from cases import Case
 from moe_tester import MoeTester
-from tester import Case, VariantTester
+from tester import VariantTester
 
 from jaxmodels import auto
 from jaxmodels.params import flatten

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from tester import Case, FamilyTester
+from cases import Case
+from tester import FamilyTester
 
 from jaxmodels import layers, model
 from jaxmodels.cache import KV, Cache

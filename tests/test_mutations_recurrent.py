@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
+from cases import Case
 from test_mamba import SHAPE as MAMBA
 from test_mutations import again, caught, run, wrap
 from test_recurrent_gemma import SHAPE as GEMMA
-from tester import Case
 
 from jaxmodels import layers
 from jaxmodels.cache import Recurrent

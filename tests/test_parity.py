@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from cases import Case
 from safetensors.numpy import load_file, save_file
-from tester import Case
 
 from jaxmodels import auto
 from jaxmodels.convert import CheckpointError, parity

@@ -6,21 +6,18 @@ import dataclasses
 import datetime
 import enum
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
 import processing_fixtures as fixtures
 import pytest
-from chat_templates import CHATML, COMMAND_R, COMMAND_R_RAG, COMMAND_R_TOOL_USE, GEMMA, LLAMA3, TEMPLATES, ZEPHYR
+from chat_templates import CHATML, COMMAND_R, COMMAND_R_RAG, COMMAND_R_TOOL_USE, GEMMA, LLAMA3, TEMPLATES, ZEPHYR, weather
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer as Reference
-from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-from transformers.utils.chat_template_utils import get_json_schema as reference_schema
 
-from jaxmodels.processing import AutoTokenizer, get_json_schema
-from jaxmodels.processing.schema import ToolSchemaError
+from jaxmodels.processing import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +28,6 @@ def path(tmp_path_factory):
 @pytest.fixture
 def pair(path):
     return AutoTokenizer.from_pretrained(path), Reference.from_pretrained(path, padding_side="left")
-
-
-def weather(city: str, unit: Literal["c", "f"] = "c", days: int | None = None) -> list[dict[str, float]]:
-    """Looks up the weather.
-
-    Args:
-        city: The city, e.g.
-            "Gdańsk".
-        unit: Which unit (choices: ["c", "f"])
-        days: How many days
-
-    Returns:
-        The forecast.
-    """
-    return [{city: 20.0}]
 
 
 USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
@@ -391,142 +373,3 @@ def test_threads_render_at_once(pair):
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, talks)) == [chat[1]["content"] + "<|eot_id|>" for chat in talks]
-
-
-# ---- schemas of Python functions -----------------------------------------------------------------------------------------
-
-
-class Color(enum.Enum):
-    RED = "red"
-    TWO = 2
-
-
-class Box:
-    def open(self, key: str, force: bool = False) -> Box:
-        """Open the box.
-
-        Args:
-            key: The key
-            force: Break it
-        """
-
-    @classmethod
-    def make(cls, size: float):
-        """Make one.
-
-        Args:
-            size: How large
-        """
-
-
-def several(
-    a: int | str,
-    b: list[int] | None,
-    c: dict[str, list[float]],
-    d: tuple[int, str],
-    e: Any,
-    f: Color,
-    g: Literal["x", 1, None],
-    h: list,
-    i: dict,
-    j: list[int] | dict[str, int] | None = None,
-    k: float | int | str = 3,
-    l: bool = True,
-    m: tuple = (),
-    n: list[str] | list[int] = (),
-) -> tuple[int, str]:
-    """Does several things: note this colon.
-
-    More text, with an Example: here.
-
-    Args:
-        a: first: with a colon
-        b: second
-
-            after an empty line
-        c: third
-              deeper: still the third
-        d (tuple): not matched
-        d: fourth
-        e: fifth
-        f: sixth
-        g: seventh
-        h: eighth
-        i: ninth
-        j: tenth
-        k: eleventh (Choices: [1, 2.5, " padded "])
-        l: twelfth
-        m: thirteenth
-        n: last
-
-    Returns:
-        Two things:
-            a number and a string
-
-    Raises:
-        ValueError: never
-    """
-
-
-def no_arguments():
-    """Only a description."""
-
-
-def raises_section(x: int) -> None:
-    """Short.
-
-    Args:
-        x: number
-    Raises:
-        KeyError: if
-    """
-
-
-@pytest.mark.parametrize("function", [weather, several, Box().open, Box.make, Box.open, no_arguments, raises_section])
-def test_same_schema(function):
-    assert get_json_schema(function) == reference_schema(function)
-
-
-def test_schema_errors():
-    def no_doc(x: int):
-        pass
-
-    def no_hint(x):
-        """Doc.
-
-        Args:
-            x: it
-        """
-
-    def undescribed(x: int, y: int):
-        """Doc.
-
-        Args:
-            x: it
-        """
-
-    def strange(x: np.ndarray):
-        """Doc.
-
-        Args:
-            x: it
-        """
-
-    def one_tuple(x: tuple[int]):
-        """Doc.
-
-        Args:
-            x: it
-        """
-
-    functions = {
-        no_doc: "no docstring",
-        no_hint: "'x' has no type hint",
-        undescribed: "does not describe 'y'",
-        strange: "has no JSON schema",
-    }
-    for function, message in {**functions, one_tuple: "has no JSON schema"}.items():
-        with pytest.raises(ToolSchemaError, match=message):
-            get_json_schema(function)
-        with pytest.raises((DocstringParsingException, TypeHintParsingException)):
-            reference_schema(function)

@@ -8,11 +8,12 @@ import processing_fixtures as fixtures
 import pytest
 import torch
 import transformers
+from cases import Seq2SeqCase, tensors
 from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tester import Seq2SeqCase, Seq2SeqTester, Seq2SeqVariantTester, tensors
+from tester import Seq2SeqTester, Seq2SeqVariantTester
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from jaxmodels import auto

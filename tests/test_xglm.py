@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tester import Case, FamilyTester, VariantTester
+from cases import Case
+from tester import FamilyTester, VariantTester
 from transformers.models.xglm.modeling_xglm import XGLMSinusoidalPositionalEmbedding
 
 from jaxmodels.models.xglm import sinusoids
