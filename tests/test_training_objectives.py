@@ -139,8 +139,9 @@ def test_pairs_add_up_over_parts_and_training_prefers_the_chosen(models):
             state, metrics = step(state, batch)
             seen.append([float(metrics[name]) for name in ("loss", "rewards/margins", "grad_norm", "rewards/accuracies")])
         runs.append(seen)
-    np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-3, atol=1e-4)
+    first, later = [run[0][:3] for run in runs], [run[1:] for run in runs]  # at first rounding decides which answer is ahead
+    np.testing.assert_allclose(*first, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(*later, rtol=1e-3, atol=1e-4)
     assert abs(runs[0][0][0] - np.log(2)) < 1e-5  # the policy is the reference
     assert runs[0][-1][0] < 0.5 and runs[0][-1][3] == 1
 
