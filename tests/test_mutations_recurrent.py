@@ -1,4 +1,4 @@
-"""The tester's power over recurrent layers: every mistake here turns the check of ragged turns red. Op by op, as in test_mutations.py."""
+"""The tester's power over recurrent layers: every mistake here turns its check of ragged turns through a cache red."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,17 @@ import pytest
 import transformers
 from cases import Case
 from test_mamba import SHAPE as MAMBA
-from test_mutations import again, caught, run, wrap
+from test_mutations import wrap
 from test_recurrent_gemma import SHAPE as GEMMA
+from tester import FamilyTester
 
 from jaxmodels import layers
 from jaxmodels.cache import Recurrent
 from jaxmodels.models import mamba, recurrent_gemma
 
-TURNS = "second_turn_of_ragged_rows"
+
+def check(case):
+    FamilyTester().also(case, *case.loaded)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +104,11 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("case", MUTATIONS)
 def test_nothing_is_caught_where_nothing_is_wrong(case, request):
-    run(TURNS, again(request.getfixturevalue(case)))
+    check(request.getfixturevalue(case))
 
 
 @pytest.mark.parametrize(("case", "mutation"), [(case, f) for case, found in MUTATIONS.items() for f in found])
 def test_a_wrong_recurrence_is_caught(case, mutation, request, monkeypatch):
-    case = again(request.getfixturevalue(case))
     mutation(monkeypatch)
-    caught(TURNS, case)
+    with pytest.raises(AssertionError, match="max error"):
+        check(request.getfixturevalue(case))

@@ -1,5 +1,7 @@
 """What the train step can do beside the plain update, each against torch, HF or the same thing done in another way."""
 
+from functools import cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jaxmodels.training import LossScale, create_train_state, make_eval_step, ma
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = LlamaConfig(**SHAPE, num_key_value_heads=2)
 KEY = jax.random.key(0)
+SGD = optax.sgd(0.1)
 
 
 def batch(rows=8, length=21, seed=0, empty=()):
@@ -32,14 +35,18 @@ def batch(rows=8, length=21, seed=0, empty=()):
     return {"input_ids": jnp.asarray(ids, jnp.int32), "labels": jnp.asarray(labels, jnp.int32)}
 
 
+@cache
 def perturbed(model):
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, KEY))
+    noise = jax.jit(lambda params: jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params))
+    return noise(init_params(model, KEY))
 
 
-def run(model, steps=1, key=None, optimizer=None, data=None, **options):
-    optimizer = optimizer or optax.sgd(0.1)
+make_step = cache(make_train_step)  # and compile it once
+
+
+def run(model, steps=1, key=None, optimizer=SGD, data=None, **options):
     state = create_train_state(model, optimizer, perturbed(model), frozen=options.get("frozen", ()))
-    step = make_train_step(model, optimizer, **options)
+    step = make_step(model, optimizer, **options)
     for _ in range(steps):
         state, metrics = step(state, data or batch(), key)
     return state, metrics
@@ -280,7 +287,8 @@ def test_dropout_has_explicit_keys(scanned):
     assert len(losses | {plain}) == 3
     half = {name: jnp.concatenate([x[:4], x[:4]]) for name, x in data.items()}
     params, rngs = perturbed(model), {"dropout": KEY}
-    rows = model.apply({"params": params}, **half, rngs=rngs, loss_options=LossOptions(by_row=True)).loss
+    by_row = jax.jit(lambda params: model.apply({"params": params}, **half, rngs=rngs, loss_options=LossOptions(by_row=True)).loss)
+    rows = by_row(params)
     assert np.all(np.abs(rows[:4] - rows[4:]) > 1e-4)
 
 
@@ -298,9 +306,10 @@ def test_the_routers_loss_counts_with_the_labels():
     config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.3)
     model, data = MixtralForCausalLM(config, scan_layers=True), batch()
     params, wanted, tokens = perturbed(model), 0.0, 0
+    forward = jax.jit(lambda part: model.apply({"params": params}, **part))
     for rows in (slice(0, 8, 2), slice(1, 8, 2)):  # how the step cuts
         part = {name: x[rows] for name, x in data.items()}
-        out, count = model.apply({"params": params}, **part), int(jnp.sum(part["labels"][:, 1:] != -100))
+        out, count = forward(part), int(jnp.sum(part["labels"][:, 1:] != -100))
         assert out.aux_loss > 1
         wanted, tokens = wanted + float(out.loss) * count, tokens + count
     _, metrics = run(model, data=data, accumulation_steps=2, loss_chunk=6)
