@@ -10,6 +10,7 @@ import argparse
 import os
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from shapes import SMOLLM2_135M, paired, versions, write_checkpoint
 
 import jaxmodels as jm
+from jaxmodels.processing.train import train_bpe
 
 NEW = 64
 BEAMS = 4
@@ -78,12 +80,36 @@ def reorder(theirs: Any, model: Any, params: Any, rounds: int) -> None:
             print(f"| step, {slots} slots, {name} | | {1000 * seconds / 16:.1f} | ms | |", flush=True)
 
 
+def options(_: Any, model: Any, params: Any, rounds: int) -> None:
+    """What sampling and a JSON schema add to greedy decoding; a vocabulary learnt from the standard library's source."""
+    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    tokenizer = train_bpe(sources, SMOLLM2_135M["vocab_size"])
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "year": {"type": "integer"}}, "required": ["name", "year"]}
+    grammar = jm.Grammar.json_schema(tokenizer, schema, SMOLLM2_135M["vocab_size"])
+    jobs: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "top-k 50 and top-p 0.9": {"do_sample": True, "top_k": 50, "top_p": 0.9, "key": jax.random.key(0)},
+        "a JSON schema": {"grammar": grammar},
+    }
+    for batch in (1, 8):
+        prompt = ids(batch, 32)
+
+        def run(prompt: np.ndarray = prompt, **more: Any) -> None:
+            out = jm.generate(model, params, prompt, np.ones_like(prompt), max_new_tokens=NEW, pad_token_id=1, eos_token_id=-1, **more)
+            assert out.lengths.tolist() == [NEW] * len(prompt)
+
+        times = paired({name: partial(run, **more) for name, more in jobs.items()}, rounds)
+        for name, seconds in times.items():
+            more = f"{100 * (seconds / times['greedy'] - 1):+.1f} %"
+            print(f"| {name}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
+
+
 def row(name: str, times: dict[str, float], work: float) -> None:
     torch_s, ours = times["torch"], times["jaxmodels"]
     print(f"| {name} | {work / torch_s:.1f} | {work / ours:.1f} | tokens/s | {torch_s / ours:.2f} |", flush=True)
 
 
-JOBS = {"beam": beam, "reorder": reorder}
+JOBS = {"beam": beam, "reorder": reorder, "options": options}
 
 
 def main() -> None:
