@@ -1,7 +1,7 @@
 """What every test needs before jax is imported: eight virtual CPU devices, no network, no cache in the user's home.
 
-Most of the suite's time is the compiler's, on programs that run once: it optimises little here, and as for users when JAXMODELS_OPTIMIZED is set
-(as .ci/run does for the quick subset) or records are written."""
+Most of the suite's time is the compiler's, on programs that run once: it optimises little here, and as for users when JAXMODELS_OPTIMIZED
+is set (as .ci/run does for the quick subset) or records are written."""
 
 import gc
 import os
