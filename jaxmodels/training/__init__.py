@@ -1,8 +1,35 @@
-"""Training: the state, the jitted step and the evaluation step, optimizers and schedules by HF's names; adapters in `lora`, labels and
-preference losses in `objectives`."""
+"""Training: the Trainer with its arguments and callbacks; below it the state, the jitted step and the evaluation step, optimizers and
+schedules by HF's names; adapters in `lora`, labels and preference losses in `objectives`."""
 
-from jaxmodels.training.optimizers import make_optimizer
-from jaxmodels.training.schedules import make_schedule
-from jaxmodels.training.step import LossScale, TrainState, create_train_state, make_eval_step, make_train_step
+from __future__ import annotations
 
-__all__ = ["LossScale", "TrainState", "create_train_state", "make_eval_step", "make_optimizer", "make_schedule", "make_train_step"]
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "arguments": ("Seq2SeqTrainingArguments", "TrainingArguments"),
+    "callbacks": (
+        "EarlyStoppingCallback",
+        "JSONLCallback",
+        "ProgressCallback",
+        "TensorBoardCallback",
+        "TrainerCallback",
+        "TrainerControl",
+        "TrainerState",
+    ),
+    "checkpoints": ("get_last_checkpoint",),
+    "evaluation": ("EvalPrediction", "PredictionOutput"),
+    "optimizers": ("make_optimizer",),
+    "run": ("NonFiniteError", "TrainOutput"),
+    "schedules": ("make_schedule",),
+    "step": ("LossScale", "TrainState", "create_train_state", "make_eval_step", "make_train_step"),
+    "trainer": ("Seq2SeqTrainer", "Trainer"),
+}
+_WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"jaxmodels.training has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"jaxmodels.training.{_WHERE[name]}"), name)

@@ -84,8 +84,11 @@ def state_placement(model: Any, state: TrainState) -> TrainState:
 
 
 def count_items(model: Any, batch: Batch) -> jax.Array:
-    """Over how many labels [] a model's loss is the mean: those other than -100, shifted for a causal model; else the rows."""
-    labels = batch.get("labels")
+    """Over how many labels [] a model's loss is the mean: those other than -100, shifted for a causal model; answers within the text; else
+    the rows."""
+    labels, starts = batch.get("labels"), batch.get("start_positions")
+    if starts is not None and "input_ids" in batch:
+        return jnp.sum(starts < batch["input_ids"].shape[1])
     if labels is None or jnp.issubdtype(labels.dtype, jnp.floating):
         return jnp.int32(len(next(iter(batch.values()))))
     if isinstance(model, CausalLM):

@@ -1,0 +1,277 @@
+"""Where a Trainer's batches come from: datasets by a seeded order, or iterables that make batches themselves; both know their position.
+
+Axis letters: B rows, T tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.ops.loss import IGNORE
+
+Arrays = dict[str, np.ndarray]
+Collator = Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
+POSITIONS = ("start_positions", "end_positions")
+
+
+@dataclasses.dataclass
+class Batch:
+    """This process's rows of a batch. rows: of the whole batch over all processes, padding included; real: how many of those, the first,
+    are no padding; name: this process's rows in words, for an error."""
+
+    arrays: Arrays
+    rows: int
+    real: int
+    name: str
+
+
+def stack(examples: list[Mapping[str, Any]]) -> Arrays:
+    """Examples of equal shapes as one batch; `label` and `label_ids` become `labels`, text is left out. ValueError names what does not fit."""
+    names = {"label": "labels", "label_ids": "labels"}
+    batch: Arrays = {}
+    for name, first in examples[0].items():
+        if first is None or isinstance(first, str):
+            continue
+        values = [np.asarray(example[name]) for example in examples]
+        shapes = {value.shape for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} has shapes {sorted(shapes)[:4]} in one batch: give a data_collator that pads")
+        batch[names.get(name, name)] = np.stack(values)
+    return batch
+
+
+def label_names_of(model: Any) -> list[str]:
+    """HF's: the arguments of the model that are labels."""
+    names = inspect.signature(type(model).__call__).parameters
+    answers = POSITIONS if "QuestionAnswering" in type(model).__name__ else ()
+    found = [name for name in names if "label" in name or name in answers]
+    return found or ["labels"]
+
+
+def inputs_of(model: Any) -> set[str]:
+    """Every name that the model takes, its base model's too where it hands them on."""
+    parameters = inspect.signature(type(model).__call__).parameters.values()
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if hasattr(model, "base"):
+        names |= set(inspect.signature(model.base.__call__).parameters)
+    return names | set(label_names_of(model))
+
+
+def can_mask(arrays: Mapping[str, np.ndarray], labels: Sequence[str]) -> bool:
+    """Whether a row can be left out of the loss by its labels alone."""
+    found = [arrays[name] for name in labels if name in arrays]
+    return bool(found) and all(np.issubdtype(array.dtype, np.integer) for array in found)
+
+
+def mask_rows(arrays: Arrays, real: np.ndarray, labels: Sequence[str]) -> Arrays:
+    """`arrays` where rows that are not `real` [B] have no label that counts."""
+    width = arrays["input_ids"].shape[1] if "input_ids" in arrays else np.iinfo(np.int32).max
+    fill = {name: width if name in POSITIONS else IGNORE for name in labels if name in arrays}
+    row = lambda array: real.reshape(-1, *[1] * (array.ndim - 1))
+    return arrays | {name: np.where(row(arrays[name]), arrays[name], value).astype(arrays[name].dtype) for name, value in fill.items()}
+
+
+def length_groups(lengths: Sequence[int], rows: int, permutation: np.ndarray) -> np.ndarray:
+    """A permutation in which batches of `rows` have rows of similar lengths, as HF's group_by_length makes it of a random one: sorted,
+    longest first, within stretches of up to 50 batches, and the longest example of all in the very first place."""
+    stretch = rows * max(1, min(len(lengths) // (rows * 4), 50))
+    length = np.asarray(lengths)
+    groups = [permutation[i : i + stretch] for i in range(0, len(lengths), stretch)]
+    groups = [group[np.argsort(-length[group], kind="stable")] for group in groups]
+    longest = int(np.argmax([length[group[0]] for group in groups]))
+    groups[0][0], groups[longest][0] = groups[longest][0], groups[0][0]
+    return np.concatenate(groups)
+
+
+def example_lengths(dataset: Any, column: str) -> list[int]:
+    """By the column of that name where examples have it, else of their input_ids."""
+    examples = (dataset[i] for i in range(len(dataset)))
+    try:
+        return [int(example[column]) if column in example else len(example["input_ids"]) for example in examples]
+    except (KeyError, TypeError):
+        raise ValueError(f"group_by_length needs examples with {column!r} or input_ids") from None
+
+
+class Dataset:
+    """Batches of `rows` of a dataset with a length, epoch by epoch: an order that depends on the seed and the epoch alone.
+
+    Over several processes every batch is cut into as many equal pieces, in order. What an epoch leaves over is a batch of the same shape
+    whose other rows do not count, where labels can say so, else a smaller batch. part: rows of one part of an accumulated batch."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        rows: int,
+        *,
+        collator: Collator,
+        labels: Sequence[str],
+        columns: set[str] | None = None,
+        strategy: str = "sequential",
+        seed: int = 0,
+        length_column: str = "length",
+        part: int | None = None,
+        drop_last: bool = False,
+        pad: bool = True,
+    ):
+        if not len(dataset):
+            raise ValueError("the dataset is empty")
+        if rows % jax.process_count():
+            raise ValueError(f"a batch of {rows} rows cannot be shared by {jax.process_count()} processes")
+        self.dataset, self.rows, self.labels, self.columns, self.pad = dataset, rows, labels, columns, pad
+        self.collator, self.strategy, self.seed = collator, strategy, seed
+        self.lengths = example_lengths(dataset, length_column) if strategy == "group_by_length" else None
+        self.part = part or rows
+        self.examples = len(dataset) // self.part * self.part if drop_last else len(dataset)
+        self.steps = -(-self.examples // rows)
+        if not self.steps:
+            raise ValueError(f"dataloader_drop_last leaves nothing of {len(dataset)} examples in batches of {self.part}")
+        self.row = 0
+
+    def order(self, epoch: int) -> np.ndarray:
+        if self.strategy == "sequential":
+            return np.arange(len(self.dataset))
+        random = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+        return random if self.lengths is None else length_groups(self.lengths, self.rows, random)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """From where `position` says to the end."""
+        order = self.order(epoch)[: self.examples]
+        while self.row < self.examples:
+            numbers = order[self.row : self.row + self.rows]
+            self.row += len(numbers)
+            yield self.make(numbers)
+
+    def make(self, numbers: np.ndarray) -> Batch:
+        processes, process = jax.process_count(), jax.process_index()
+        padded = np.concatenate([numbers, np.repeat(numbers[:1], self.rows - len(numbers))])
+        if len(numbers) < self.rows and processes == 1 and not self.pad:
+            padded = numbers
+        per = len(padded) // processes
+        mine = padded[process * per : (process + 1) * per]
+        real = max(0, min(per, len(numbers) - process * per))
+        arrays = self.collate(mine)
+        if real < per and not can_mask(arrays, self.labels):
+            if processes > 1:
+                raise ValueError("the last batch of the epoch cannot be padded, as its labels cannot be left out: set dataloader_drop_last")
+            arrays, padded = self.collate(numbers), numbers
+        elif real < per:
+            arrays = mask_rows(arrays, np.arange(per) < real, self.labels)
+        shown = ", ".join(str(number) for number in mine[:real][:32]) + (", …" if real > 32 else "")
+        return Batch(arrays, len(padded), len(numbers), f"examples {shown}")
+
+    def collate(self, numbers: np.ndarray) -> Arrays:
+        examples = [self.dataset[int(number)] for number in numbers]
+        if self.columns is not None:
+            keep = self.columns | {"label", "label_ids"}
+            examples = [{name: value for name, value in example.items() if name in keep} for example in examples]
+            if not examples[0]:
+                raise ValueError(
+                    f"an example has {', '.join(self.dataset[int(numbers[0])])}, nothing of which the model takes; "
+                    "remove_unused_columns=False keeps them for the collator"
+                )
+        return {name: np.asarray(value) for name, value in self.collator(examples).items()}
+
+    def share(self, max_steps: int) -> float:
+        """How much of the epoch is done, counted in parts as HF does."""
+        return -(-self.row // self.part) / -(-self.examples // self.part)
+
+    def at_end(self) -> bool:
+        return self.row >= self.examples
+
+    def restart(self) -> None:
+        self.row = 0
+
+    def position(self) -> dict[str, Any]:
+        return {"row": self.row, "examples": len(self.dataset), "seed": self.seed, "order": self.strategy}
+
+    def set_position(self, saved: Mapping[str, Any]) -> None:
+        """ValueError when what was saved is of another dataset or order."""
+        now = self.position()
+        differing = [f"{name}: saved {saved.get(name)!r}, now {now[name]!r}" for name in ("examples", "seed", "order") if saved.get(name) != now[name]]
+        if differing:
+            raise ValueError("the train dataset is not the one that the checkpoint stopped in: " + "; ".join(differing))
+        self.row = int(saved["row"])
+
+
+class Stream:
+    """Batches that an iterable makes: each, over all processes, is one step's. Its iterator's get_state and set_state are the position;
+    without them resuming skips the batches that were read."""
+
+    examples: int | None = None
+
+    def __init__(self, iterable: Any, *, labels: Sequence[str]):
+        self.iterable, self.labels = iterable, labels
+        self.steps = len(iterable) if hasattr(iterable, "__len__") else None
+        self.iterator: Any = None
+        self.read = self.rows = 0
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        if self.iterator is None:
+            self.iterator = iter(self.iterable)
+        for arrays in self.iterator:
+            self.read += 1
+            yield self.make({name: np.asarray(value) for name, value in arrays.items()})
+
+    def share(self, max_steps: int) -> float:
+        return self.read / (self.steps or max_steps)
+
+    def at_end(self) -> bool:
+        return self.steps is not None and self.read >= self.steps
+
+    def restart(self) -> None:
+        self.iterator, self.read = None, 0
+
+    def make(self, arrays: Arrays) -> Batch:
+        real = len(next(iter(arrays.values())))
+        self.rows = self.rows or real
+        if real < self.rows and can_mask(arrays, self.labels):
+            arrays = {name: np.concatenate([a, np.repeat(a[:1], self.rows - real, 0)]) for name, a in arrays.items()}
+            arrays = mask_rows(arrays, np.arange(self.rows) < real, self.labels)
+        rows = len(next(iter(arrays.values()))) * jax.process_count()
+        return Batch(arrays, rows, real * jax.process_count(), f"batch {self.read} of the iterable's pass")
+
+    def position(self) -> dict[str, Any]:
+        state = self.iterator.get_state() if hasattr(self.iterator, "get_state") else None
+        coded = {"bytes": b64encode(state).decode()} if isinstance(state, bytes) else {"value": state}
+        return {"read": self.read, "rows": self.rows, "state": coded}
+
+    def set_position(self, saved: Mapping[str, Any]) -> None:
+        if "state" not in saved:
+            raise ValueError("the checkpoint stopped in a dataset of another kind than this iterable")
+        self.read, self.rows, self.iterator = int(saved["read"]), int(saved["rows"]), iter(self.iterable)
+        coded = saved["state"]
+        state = b64decode(coded["bytes"]) if "bytes" in coded else coded["value"]
+        if state is not None and hasattr(self.iterator, "set_state"):
+            self.iterator.set_state(state)
+        else:
+            for _ in range(self.read):
+                next(self.iterator)
+
+
+def batch_devices(model: Any) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    if model.rules is None:
+        return 1
+    axes = dict(model.rules.table).get("batch", ())
+    return math.prod(model.rules.mesh.shape[axis] for axis in axes if axis in model.rules.mesh.shape)
+
+
+def put(model: Any, batch: Batch) -> dict[str, jax.Array]:
+    """The whole batch on the model's devices: rows over its batch axes, tokens over those of `seq`."""
+    arrays = {name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in batch.arrays.items()}
+    if model.rules is None:
+        return {name: jax.device_put(array) for name, array in arrays.items()}
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (batch.rows, *array.shape[1:])
+        axes = ("batch", "seq" if array.ndim == 2 else None, *[None] * array.ndim)[: array.ndim]
+        return jax.make_array_from_process_local_data(model.rules.sharding(axes, shape), array, shape)
+
+    return {name: place(array) for name, array in arrays.items()}

@@ -1,0 +1,106 @@
+"""How fast a run goes and what it holds: tokens, model FLOPs, their share of the devices' peak, memory, time left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.sharding.flops import count_flops
+
+
+def input_tokens(arrays: Mapping[str, np.ndarray], *, padding: bool = False) -> int:
+    """How many tokens a batch's inputs have, by its masks without padding; 0 where there are no ids."""
+    if not padding:
+        for name in ("attention_mask", "segment_ids"):
+            if name in arrays:
+                return int(np.count_nonzero(arrays[name]))
+    ids = [array for name, array in arrays.items() if name.endswith("input_ids") and not name.startswith("decoder")]
+    return sum(array.size for array in ids)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Of one device a second, in bfloat16, where it is known."""
+    from jaxmodels.sharding.plan import CHIPS
+
+    chip = CHIPS.get(device.device_kind)
+    return chip.flops if chip else None
+
+
+def device_memory(devices: Any) -> int | None:
+    """The most bytes that one of this process's devices has held, where the platform tells."""
+    stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    return max(peaks, default=None)
+
+
+def host_memory() -> int:
+    """Bytes that this process holds in memory."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Meter:
+    """Counts steps, tokens and FLOPs. The clock of a run starts when its first step has ended, since that one compiles, and stands still
+    where `pause` says. step: (model) -> its train step; a step's FLOPs are those of the model without recomputation, over all devices."""
+
+    def __init__(self, model: Any, step: Callable[[Any], Callable[..., Any]]):
+        self.model, self.step = model, step
+        self.devices = [jax.devices()[0]] if model.rules is None else list(model.rules.mesh.devices.flat)
+        peak = peak_flops(self.devices[0])
+        self.peak = None if peak is None else peak * len(self.devices)
+        self.known: dict[Any, float] = {}
+        self.begun: float | None = None
+        self.steps = self.tokens = self.total = 0
+        self.flops = self.paused = self.last = 0.0
+
+    def flops_of(self, parts: int, *arguments: Any) -> float:
+        """Of one step with these arguments."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        key = (parts, *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes[1])))
+        if key not in self.known:
+            self.known[key] = count_flops(self.step(dataclasses.replace(self.model, remat=None)), *shapes)
+        return self.known[key]
+
+    def start(self) -> None:
+        self.begun = self.last = time.perf_counter()
+
+    def add(self, tokens: int, flops: float) -> None:
+        """A step that has been begun."""
+        if self.begun is not None:
+            self.steps, self.tokens, self.flops = self.steps + 1, self.tokens + tokens, self.flops + flops
+            self.total += 1
+
+    def pause(self, seconds: float) -> None:
+        self.paused += seconds
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """Since the last reading, of steps that have ended; nothing before the first."""
+        found: dict[str, float] = {}
+        if self.begun is not None and self.steps:
+            now = time.perf_counter()
+            seconds = max(now - self.last - self.paused, 1e-9)
+            found["tokens_per_second"] = self.tokens / seconds
+            found["model_flops_per_second"] = self.flops / seconds
+            if self.peak is not None:
+                found["mfu"] = self.flops / seconds / self.peak
+            found["seconds_left"] = (now - self.begun) / self.total * steps_left
+            self.steps = self.tokens = 0
+            self.flops = self.paused = 0.0
+            self.last = now
+        memory = device_memory(self.devices)
+        if memory is not None:
+            found["device_memory"] = memory
+        found["host_memory"] = host_memory()
+        return found

@@ -1,0 +1,305 @@
+"""One call of Trainer.train: the loop around the jitted step, which never waits for the step it has just begun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.training.batches import Batch, Dataset, Stream, put
+from jaxmodels.training.callbacks import TrainerState, best_metric
+from jaxmodels.training.checkpoints import Checkpoints, describe, get_last_checkpoint, restore
+from jaxmodels.training.evaluation import plain, speed
+from jaxmodels.training.meter import Meter, input_tokens
+from jaxmodels.training.step import TrainState, create_train_state
+from jaxmodels.training.trainable import merge, split
+
+PREEMPTED = 143  # the exit code after SIGTERM: 128 + 15, as a shell reports a process that the signal ended
+
+
+class TrainOutput(NamedTuple):
+    """training_loss: the mean over all steps of the run, those before it was resumed included."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient that is not a finite number."""
+
+
+def lengths(args: Any, source: Dataset | Stream) -> tuple[int, int]:
+    """(max_steps, epochs) of a run over the source."""
+    if args.max_steps > 0:
+        return args.max_steps, sys.maxsize if source.steps is None else math.ceil(args.max_steps / source.steps)
+    if source.steps is None:
+        raise ValueError("a train dataset without a length needs max_steps")
+    return math.ceil(args.num_train_epochs * source.steps), math.ceil(args.num_train_epochs)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[threading.Event]:
+    """The event is set when SIGTERM arrives; in the main thread alone, where Python hears of signals."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Run:
+    """The state of a training run, from a checkpoint or from the start. trainer: whose arguments, data and callbacks these are."""
+
+    def __init__(self, trainer: Any, resume: str | bool | None):
+        self.trainer, self.args, self.model = trainer, trainer.args, trainer.model
+        path = self._resumed(resume)
+        self.source = trainer.train_source()
+        self.max_steps, self.epochs = lengths(self.args, self.source)
+        self.optimizer, self.schedule = trainer.create_optimizer_and_scheduler(self.max_steps)
+        self.key = jax.random.key(self.args.seed)
+        self.state: TrainState = create_train_state(self.model, self.optimizer, trainer.params, frozen=trainer.frozen)
+        self.programs: dict[int, Any] = {}
+        self.meter = Meter(self.model, lambda model: trainer.make_step(model, self.optimizer, self.args.gradient_accumulation_steps))
+        self.epoch = 0
+        self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
+        self.since_log: list[dict[str, float]] = []
+        self.total_loss = 0.0
+        self.about = describe(self.model, trainer.optimizer_name)
+        trainer.state = TrainerState(
+            max_steps=self.max_steps,
+            num_train_epochs=min(self.epochs, 2**31),
+            train_batch_size=self.args.per_device_train_batch_size,
+            is_world_process_zero=jax.process_index() == 0,
+        )
+        trainer.state.compute_steps(self.args, self.max_steps)
+        self.checkpoints = Checkpoints(self.args.output_dir, self.args.save_total_limit)
+        if path is not None:
+            self._restore(path)
+        self.saved_at = trainer.state.global_step if path else -1
+        self.first = trainer.state.global_step
+
+    def _resumed(self, resume: str | bool | None) -> Path | None:
+        last = get_last_checkpoint(self.args.output_dir)
+        if resume is True:
+            if last is None:
+                raise CheckpointError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no checkpoint")
+            return Path(last)
+        if resume:
+            return Path(resume)
+        if last is not None and self.args.save_strategy != "no":
+            raise CheckpointError(
+                f"{self.args.output_dir} has the checkpoints of an earlier run, up to {Path(last).name}: resume_from_checkpoint=True goes on "
+                "from there; for a new run choose another output_dir or remove them"
+            )
+        return None
+
+    def _restore(self, path: Path) -> None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state)
+        jax.tree.map(lambda leaf: leaf.delete(), self.state)
+        self.state, saved = restore(path, shapes, self.about)
+        state = self.trainer.state
+        for name, value in saved["trainer_state"].items():
+            if name not in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "is_world_process_zero"):
+                setattr(state, name, value)
+        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
+            state.best_model_checkpoint = None
+        self.checkpoints.best = state.best_model_checkpoint
+        self.epoch, self.since_log, self.total_loss = saved["epoch"], saved["since_log"], saved["total_loss"]
+        self.source.set_position(saved["data"])
+        self.key = jax.random.wrap_key_data(np.asarray(saved["key"], np.uint32))
+        self.trainer.callback_handler.restore(state.stateful_callbacks)
+
+    def params(self, *, evaluated: bool = True) -> Any:
+        """The parameters as they are; of a schedule-free optimizer, those to evaluate."""
+        if not evaluated or not self.trainer.optimizer_name.startswith("schedule_free"):
+            return self.state.params
+        trained, fixed = split(self.state.params, self.trainer.frozen)
+        return merge(optax.contrib.schedule_free_eval_params(self.state.opt_state, trained), fixed)
+
+    def call(self, event: str, **kwargs: Any) -> None:
+        self.trainer.call_event(event, **kwargs)
+
+    @property
+    def control(self) -> Any:
+        return self.trainer.control
+
+    def __call__(self) -> TrainOutput:
+        began = time.perf_counter()
+        with listening() as self.preempted:
+            self.control.should_training_stop = False
+            self.call("on_train_begin")
+            if self.args.eval_on_start and not self.trainer.state.global_step:
+                self.trainer.evaluate()
+            if self.trainer.state.global_step >= self.max_steps:
+                self.control.should_training_stop = True
+            while self.epoch < self.epochs and not self.control.should_training_stop:
+                self._one_epoch()
+            return self._finish(time.perf_counter() - began)
+
+    def _one_epoch(self) -> None:
+        self.control.should_epoch_stop = False
+        self.call("on_epoch_begin")
+        before, complete = self.trainer.state.global_step, True
+        for batch in self.source.epoch(self.epoch):
+            self._step(batch)
+            if self.control.should_training_stop or self.control.should_epoch_stop:
+                complete = self.control.should_epoch_stop or self.source.at_end()
+                break
+        if before == self.trainer.state.global_step and self.source.steps is None:
+            raise ValueError(f"the train dataset has nothing more after {before} steps, and max_steps is {self.max_steps}")
+        if complete:
+            self.source.restart()
+            self.epoch += 1
+        self.call("on_epoch_end")
+        self._act()
+
+    def _step(self, batch: Batch) -> None:
+        state, args = self.trainer.state, self.args
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self.call("on_step_begin")
+        arrays = put(self.model, batch)
+        parts = math.gcd(args.gradient_accumulation_steps, batch.rows)
+        flops = self.meter.flops_of(parts, self.state, arrays, self.key)
+        self.state, metrics = self._program(parts)(self.state, arrays, self.key)
+        state.global_step += 1
+        state.epoch = self.epoch + self.source.share(state.max_steps)
+        padding = args.include_num_input_tokens_seen == "all"
+        state.num_input_tokens_seen += input_tokens(batch.arrays, padding=padding) * jax.process_count()
+        state.total_flos += flops
+        self.meter.add(input_tokens(batch.arrays) * jax.process_count(), flops)
+        self.waiting.append((state.global_step, batch.name, metrics))
+        self._collect(leave=1)
+        if self.meter.begun is None:
+            jax.block_until_ready(metrics)
+            self.meter.start()
+        self.call("on_step_end")
+        self._act()
+        if self.preempted.is_set():
+            self._leave()
+
+    def _program(self, parts: int) -> Any:
+        if parts not in self.programs:
+            self.programs[parts] = self.trainer.make_step(self.model, self.optimizer, parts)
+        return self.programs[parts]
+
+    def _collect(self, leave: int = 0) -> None:
+        """Read what steps have measured, but for the last `leave`, and stop at what is not finite."""
+        while len(self.waiting) > leave:
+            step, name, metrics = self.waiting.popleft()
+            found = {key: float(value) for key, value in metrics.items()}
+            wrong = [key for key in ("loss", "grad_norm") if not math.isfinite(found[key])]
+            if wrong and ("loss" in wrong or self.state.loss_scale is None):
+                self.checkpoints.wait()
+                raise NonFiniteError(
+                    f"{wrong[0]} is {found[wrong[0]]} at step {step}, of {name}. "
+                    f"The last good checkpoint: {self.checkpoints.last() or 'none'}"
+                )
+            del found["tokens"]
+            self.since_log.append(found)
+            self.total_loss += found["loss"]
+
+    def _act(self) -> None:
+        """Log, evaluate and save, as the control says."""
+        args, control, began = self.args, self.control, time.perf_counter()
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._collect()
+        if control.should_log and self.since_log:
+            self._log()
+            began = time.perf_counter()
+        if control.should_evaluate:
+            better = self._better(self.trainer.evaluate())
+            control.should_evaluate = False
+            if args.save_strategy == "best":
+                control.should_save = better
+        if control.should_save:
+            control.should_save = False
+            self._save()
+            self.call("on_save")
+        self.meter.pause(time.perf_counter() - began)
+
+    def _log(self) -> None:
+        """Means since the last log; the gradients' norm and the loss scale are the last step's, as in HF."""
+        names = list(self.since_log[-1])
+        logs = {name: sum(found[name] for found in self.since_log) / len(self.since_log) for name in names}
+        logs |= {name: self.since_log[-1][name] for name in ("grad_norm", "loss_scale") if name in names}
+        step = self.trainer.state.global_step
+        if self.schedule is not None:
+            logs["learning_rate"] = float(self.schedule(step - 1)) if callable(self.schedule) else float(self.schedule)
+        self.since_log = []
+        self.trainer.log({**logs, **self.meter.read(self.max_steps - step)})
+
+    def _better(self, metrics: dict[str, float]) -> bool:
+        """Whether the evaluation is the best so far; then the state says so."""
+        args, state = self.args, self.trainer.state
+        if args.metric_for_best_model is None:
+            return False
+        value = best_metric(args, metrics)
+        better = state.best_metric is None or (value > state.best_metric if args.greater_is_better else value < state.best_metric)
+        if better and math.isfinite(value):
+            state.best_metric = value
+            if args.save_strategy != "no":
+                state.best_global_step = state.global_step
+        return better and math.isfinite(value)
+
+    def _save(self) -> None:
+        state = self.trainer.state
+        if state.global_step == self.saved_at:
+            return
+        best = self.checkpoints.path(state.best_global_step) if state.best_global_step is not None else None
+        if best is not None and (best.is_dir() or state.best_global_step == state.global_step):
+            state.best_model_checkpoint = str(best)
+        self.checkpoints.wait()
+        self.checkpoints.best = state.best_model_checkpoint
+        state.stateful_callbacks = plain(self.trainer.callback_handler.states())
+        run = {
+            "trainer_state": dataclasses.asdict(state),
+            "epoch": self.epoch,
+            "data": self.source.position(),
+            "since_log": self.since_log,
+            "total_loss": self.total_loss,
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(),
+            "arguments": self.args.to_dict(),
+        }
+        self.checkpoints.save(state.global_step, self.state, self.about, run)
+        self.saved_at = state.global_step
+
+    def _leave(self) -> None:
+        """After SIGTERM: the work so far is saved, and the process ends."""
+        self._collect()
+        self._save()
+        self.checkpoints.close()
+        if jax.process_index() == 0:
+            print(f"SIGTERM: saved {self.checkpoints.last()}, exiting with {PREEMPTED}", file=sys.stderr, flush=True)
+        raise SystemExit(PREEMPTED)
+
+    def _finish(self, seconds: float) -> TrainOutput:
+        self._collect()
+        state = self.trainer.state
+        steps = state.global_step - self.first
+        rows = self.source.rows * steps
+        loss = self.total_loss / max(state.global_step, 1)
+        metrics = speed("train", seconds, rows, steps) | {"total_flos": state.total_flos, "train_loss": loss}
+        self.trainer.log(metrics)
+        self.checkpoints.close()
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state)
+            self.state = restore(state.best_model_checkpoint, shapes, self.about)[0]
+        return TrainOutput(state.global_step, loss, metrics)
