@@ -167,8 +167,10 @@ class ProgressCallback(TrainerCallback):
 
 def readable(logs: Mapping[str, Any], state: TrainerState) -> str:
     """A record of a log in one line, such as
-    step 120/1000  epoch 0.48  loss 2.345  lr 3e-05  grad 1.23  12,345 tokens/s  3.2 TFLOP/s  MFU 41.2 %  12.1 GB  0:12:34 left"""
+    step 120/1000  epoch 0.48  loss 2.3452  lr 3e-05  grad 1.23  12,345 tokens/s  3.2 TFLOP/s  MFU 41.2 %  device 12.1 GB  0:12:34 left"""
     forms = {
+        "epoch": lambda v: f"epoch {v:.2f}",
+        "loss": lambda v: f"loss {v:.4f}",
         "learning_rate": lambda v: f"lr {v:.3g}",
         "grad_norm": lambda v: f"grad {v:.3g}",
         "tokens_per_second": lambda v: f"{v:,.0f} tokens/s",
@@ -177,11 +179,10 @@ def readable(logs: Mapping[str, Any], state: TrainerState) -> str:
         "device_memory": lambda v: f"device {v / 1e9:.1f} GB",
         "host_memory": lambda v: f"host {v / 1e9:.1f} GB",
         "seconds_left": lambda v: f"{_clock(v)} left",
-        "epoch": lambda v: f"epoch {v:.2f}",
         "total_flos": lambda v: f"{v:.3g} FLOPs",
     }
     other = lambda name, v: f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}"
-    order = sorted(logs, key=lambda name: name != "epoch")
+    order = [name for name in forms if name in logs] + [name for name in logs if name not in forms]
     parts = [forms[name](logs[name]) if name in forms else other(name, logs[name]) for name in order]
     return "  ".join([f"step {state.global_step}/{state.max_steps}", *parts])
 

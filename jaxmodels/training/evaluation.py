@@ -31,6 +31,9 @@ class EvalPrediction:
     def __iter__(self) -> Iterator[Any]:
         return iter([self.predictions, self.label_ids, *(x for x in (self.inputs, self.losses) if x is not None)])
 
+    def __getitem__(self, index: int) -> Any:
+        return tuple(self)[index]
+
 
 class PredictionOutput(NamedTuple):
     predictions: Any

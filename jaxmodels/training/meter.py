@@ -88,17 +88,17 @@ class Meter:
     def read(self, steps_left: int) -> dict[str, float]:
         """Since the last reading, of steps that have ended; nothing before the first."""
         found: dict[str, float] = {}
+        now = time.perf_counter()
         if self.begun is not None and self.steps:
-            now = time.perf_counter()
             seconds = max(now - self.last - self.paused, 1e-9)
             found["tokens_per_second"] = self.tokens / seconds
             found["model_flops_per_second"] = self.flops / seconds
             if self.peak is not None:
                 found["mfu"] = self.flops / seconds / self.peak
             found["seconds_left"] = (now - self.begun) / self.total * steps_left
-            self.steps = self.tokens = 0
-            self.flops = self.paused = 0.0
-            self.last = now
+        self.steps = self.tokens = 0
+        self.flops = self.paused = 0.0
+        self.last = now
         memory = device_memory(self.devices)
         if memory is not None:
             found["device_memory"] = memory

@@ -49,8 +49,9 @@ def module_types(model: Any) -> dict[str, type[nn.Module]]:
         owners[".".join(context.module.path)] = type(context.module)
         return forward(*args, **kwargs)
 
+    inputs = model.example_inputs()
     with nn.intercept_methods(note):
-        params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
     types = {}
     for name in flatten(nn.unbox(params)):
         module = STACK.split(name)[-1].rpartition(".")[0]  # in a scanned model a block does not know its place
