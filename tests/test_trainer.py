@@ -1,0 +1,315 @@
+"""What a Trainer promises beside HF's numbers: places, checkpoints that fit or are refused, streams, padding, adapters, bad input."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from jaxmodels.auto import AutoModelForCausalLM
+from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.models.bert import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from jaxmodels.params import flatten, init_params
+from jaxmodels.sharding import Rules, make_mesh
+from jaxmodels.training import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback, TrainingArguments
+from jaxmodels.training.checkpoints import checkpoints_in
+from jaxmodels.training.lora import LoraConfig, load_adapter
+from jaxmodels.training.objectives import dpo_loss, make_reference
+
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIG = LlamaConfig(**SHAPE, num_key_value_heads=2)
+MODEL = LlamaForCausalLM(CONFIG)
+QUIET = {"disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+
+
+def params_of(model, seed=0):
+    return init_params(model, jax.random.key(seed))
+
+
+def data(number=22, length=12, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 96, (number, length))
+    return [{"input_ids": row, "labels": np.where(rng.random(length) < 0.7, row, -100)} for row in ids]
+
+
+def train(out, model=MODEL, params=None, examples=None, resume=None, trainer=Trainer, extra=(), **options):
+    known = ("loss", "count", "peft_config", "eval_dataset", "optimizers", "compute_metrics", "preprocess_logits_for_metrics", "frozen")
+    given = {name: options.pop(name) for name in known if name in options}
+    args = TrainingArguments(str(out), **{"max_steps": 8} | QUIET | options)
+    made = trainer(model, params or params_of(model), args, train_dataset=data() if examples is None else examples, callbacks=extra, **given)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def losses(trainer):
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+def close(one, other, rtol=1e-5):
+    flat = flatten(other)
+    for name, leaf in flatten(one).items():
+        assert np.linalg.norm(leaf - flat[name]) <= rtol * np.linalg.norm(leaf), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Eight steps, with a checkpoint after every second."""
+    out = tmp_path_factory.mktemp("whole")
+    return train(out, save_strategy="steps", save_steps=2)
+
+
+def test_one_program_and_every_row_once(whole, tmp_path):
+    """22 rows in batches of 4: the epoch's last two rows are a batch of the same shape, and no padding counts."""
+    seen = []
+
+    class Watched(Trainer):
+        def compute_loss(self, apply, params, inputs, num_items_in_batch):
+            seen.append({name: array.shape for name, array in inputs.items()})
+            return super().compute_loss(apply, params, inputs, num_items_in_batch)
+
+    made = train(tmp_path, trainer=Watched)
+    assert losses(made) == losses(whole)
+    assert {shapes["input_ids"] for shapes in seen} == {(4, 12)}
+    assert [record["epoch"] for record in made.state.log_history][5:7] == [1.0, 1 + 1 / 6]
+    order = np.random.default_rng((42, 0)).permutation(22)
+    rest = {"examples": [data()[i] for i in order[20:]], "max_steps": 1, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    padded, plain = train(tmp_path / "padded", **rest), train(tmp_path / "plain", **rest, per_device_train_batch_size=2)
+    assert losses(padded) == pytest.approx(losses(plain), rel=1e-6)
+    close(padded.params, plain.params)
+
+
+class Stop(TrainerCallback):
+    """Ends the run after that step, as early stopping would, with a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+        return control
+
+
+def test_saved_on_one_mesh_and_restored_on_another(whole, tmp_path):
+    """A checkpoint of one device, then of 4 × 2, then of 2 × 4: the losses of the run that stayed."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    for number, (stop, mesh, preset) in enumerate([(4, {"fsdp": 4, "tensor": 2}, "fsdp+tensor"), (8, {"fsdp": 2, "tensor": 4}, "tensor")]):
+        model = dataclasses.replace(MODEL, rules=Rules.preset(preset, make_mesh(**mesh)))
+        rows = {"per_device_train_batch_size": 1 if stop == 4 else 2}
+        before = whole.args.output_dir if number == 0 else str(tmp_path / "0")
+        stopping = {"extra": [Stop(stop)]} if stop < 8 else {}
+        made = train(tmp_path / str(number), model, resume=f"{before}/checkpoint-{2 * number + 2}", **options | rows | stopping)
+        if number == 0:
+            assert losses(made) == pytest.approx(losses(whole)[:4], rel=1e-5)
+            assert not made.params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"].sharding.is_fully_replicated
+    assert made.state.global_step == 8 and len(losses(made)) == 8
+    assert losses(made) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_a_checkpoint_of_something_else_is_refused(whole, tmp_path):
+    path = f"{whole.args.output_dir}/checkpoint-2"
+    wider = LlamaForCausalLM(CONFIG.replace(intermediate_size=64, rms_norm_eps=1e-5))
+    with pytest.raises(CheckpointError, match=r"(?s)another model or optimizer.*config.intermediate_size: saved 48, now 64.*saved \[\[48, 32\]") as found:
+        train(tmp_path, wider, resume=path)
+    assert "config.rms_norm_eps: saved 1e-06, now 1e-05" in str(found.value)
+    with pytest.raises(CheckpointError, match=r"optimizer: saved adamw_torch_fused, now lion_32bit"):
+        train(tmp_path, optim="lion_32bit", resume=path)
+    with pytest.raises(CheckpointError, match=r"opt_state.*: saved \[\[.*now nothing"):
+        train(tmp_path, optimizers=(optax.sgd(1e-3), None), resume=path)
+    with pytest.raises(ValueError, match=r"seed: saved 42, now 1"):
+        train(tmp_path, seed=1, resume=path)
+    with pytest.raises(ValueError, match=r"examples: saved 22, now 8"):
+        train(tmp_path, examples=data(8), resume=path)
+    with pytest.raises(CheckpointError, match="no checkpoint of a Trainer"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-7"))
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        train(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="checkpoints of an earlier run, up to checkpoint-8"):
+        train(whole.args.output_dir, save_strategy="steps")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    """The step, the examples of its batch and the last good checkpoint are named; nothing bad is saved."""
+
+    class Poisoned(Trainer):
+        def compute_loss(self, apply, params, inputs, num_items_in_batch):
+            loss, extra = super().compute_loss(apply, params, inputs, num_items_in_batch)
+            return jnp.where(jnp.any(inputs["input_ids"][:, 0] == 95), jnp.nan, loss), extra
+
+    examples = [{"input_ids": np.r_[i % 90, row["input_ids"][1:]], "labels": row["labels"]} for i, row in enumerate(data())]
+    examples[17]["input_ids"][0] = 95
+    options = {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1}
+    good = tmp_path / "checkpoint-4"
+    with pytest.raises(NonFiniteError, match=rf"loss is nan at step 5, of examples 16, 17, 18, 19\. The last good checkpoint: {good}"):
+        train(tmp_path, trainer=Poisoned, examples=examples, **options)
+    assert list(checkpoints_in(tmp_path)) == [1, 2, 3, 4]
+    with pytest.raises(NonFiniteError, match="grad_norm is .* at step 1, of examples"):
+        train(tmp_path / "again", loss=lambda apply, params, batch, items: (jnp.sqrt(0 * params["lm_head"]["weight"]).sum(), {}))
+
+
+class Numbers:
+    """An iterable of batches that knows where it is."""
+
+    def __init__(self, stateful=True, stop=5):
+        self.stateful, self.stop = stateful, stop
+
+    def __iter__(self):
+        return (Stateful if self.stateful else Plain)(self.stop)
+
+
+class Plain:
+    def __init__(self, stop):
+        self.at, self.stop = 0, stop
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == self.stop:
+            raise StopIteration
+        self.at += 1
+        rows = data(4 if self.at < self.stop else 3, seed=self.at)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Stateful(Plain):
+    def get_state(self):
+        return str(self.at).encode()
+
+    def set_state(self, state):
+        self.at = int(state)
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_stream_goes_on_where_it_stopped(tmp_path, stateful):
+    """Two passes over five batches, the last of each smaller and padded; stopped in the second pass."""
+    made = train(tmp_path / "whole", examples=Numbers(stateful))
+    train(tmp_path / "out", examples=Numbers(stateful), max_steps=6, lr_scheduler_type="constant", save_strategy="steps")
+    again = train(tmp_path / "out", examples=Numbers(stateful), resume=True, lr_scheduler_type="constant")
+    straight = train(tmp_path / "straight", examples=Numbers(stateful), lr_scheduler_type="constant")
+    assert losses(again) == losses(straight) and len(losses(made)) == 8
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(straight.params)))
+    with pytest.raises(ValueError, match="without a length needs max_steps"):
+        train(tmp_path / "x", examples=Numbers(), max_steps=-1)
+    with pytest.raises(ValueError, match="nothing more after 5 steps"):
+        train(tmp_path / "y", examples=iter(Numbers()))
+
+
+def test_events_arguments_and_what_is_kept(tmp_path):
+    """Best checkpoint kept and loaded at the end, early stopping, metrics of preprocessed logits."""
+    held, seen = data(6, seed=9), []
+    correct = lambda logits, labels: (jnp.argmax(logits[:, :-1], -1) == labels[:, 1:]).sum(1)
+
+    def metrics(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.shape, prediction.inputs.shape, prediction.losses.shape))
+        return {"correct": prediction.predictions.sum()}
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "include_for_metrics": ["inputs", "loss"], "learning_rate": 0.3, "max_steps": 40}
+    made = train(
+        tmp_path, eval_dataset=held, compute_metrics=metrics, preprocess_logits_for_metrics=correct, extra=[EarlyStoppingCallback(3)], **options
+    )
+    evaluated = [(r["eval_loss"], r["step"]) for r in made.state.log_history if "eval_loss" in r]
+    assert made.state.global_step == evaluated[-1][1] < 40
+    best = min(evaluated)
+    assert made.state.best_global_step == best[1] == evaluated[-4][1] and made.state.best_metric == best[0]
+    assert list(checkpoints_in(tmp_path)) == [best[1]] and made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best[1]}")
+    assert made.evaluate()["eval_loss"] == pytest.approx(best[0], rel=1e-6)
+    assert set(seen) == {((6,), (6, 12), (6, 12), (6,))}
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records == made.state.log_history
+    step = next(r for r in records if r["step"] == 3 and "loss" in r)
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second", "model_flops_per_second", "seconds_left", "host_memory"} <= step.keys()
+
+
+def test_lora_trains_and_saves_the_adapter_alone(tmp_path):
+    params, config = params_of(MODEL), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    examples = data(4)
+    made = train(tmp_path, params=params, examples=examples, peft_config=config, save_strategy="steps", save_steps=4)
+    assert losses(made)[-1] < losses(made)[0] - 0.01
+    frozen = flatten(params)
+    assert all(np.array_equal(leaf, frozen[name]) for name, leaf in flatten(made.params).items() if name in frozen)
+    made.save_model(tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    loaded, again = load_adapter(tmp_path / "adapter", MODEL, params)
+    close(loaded, made.params)
+    assert again.r == 2
+    resumed = train(tmp_path, params=params, examples=examples, peft_config=config, resume=f"{tmp_path}/checkpoint-4")
+    close(resumed.params, made.params, 0)
+
+
+def test_preferences(tmp_path):
+    """A loss and a count of the caller's; rows that labels cannot leave out are a smaller last batch."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(6):
+        row = {f"{side}_{name}": rng.integers(0, 96, 10) for side in ("chosen", "rejected") for name in ("input_ids", "labels")}
+        examples.append(row | {f"{side}_attention_mask": np.ones(10, np.int32) for side in ("chosen", "rejected")})
+    whole = {name: jnp.asarray(np.stack([row[name] for row in examples])) for name in examples[0]}
+    for name, values in make_reference(MODEL)(params_of(MODEL), whole).items():
+        for row, value in zip(examples, np.asarray(values)):
+            row[name] = value
+    loss, count = dpo_loss(beta=0.5)
+    made = train(tmp_path, examples=examples, loss=loss, count=count, eval_dataset=examples)
+    assert losses(made)[0] == pytest.approx(np.log(2), rel=1e-4) and losses(made)[-1] < 0.6
+    assert {"rewards/margins", "logps/chosen"} <= made.state.log_history[0].keys()
+    assert {"eval_loss", "eval_rewards/accuracies"} <= made.evaluate().keys()
+
+
+def test_rows_that_do_not_count(tmp_path):
+    """Answers and regressions: the last, smaller batch weighs what its rows weigh."""
+    config = BertConfig(**SHAPE, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rng = np.random.default_rng(0)
+    answers = [{"input_ids": row["input_ids"], "start_positions": rng.integers(12), "end_positions": rng.integers(12)} for row in data(6)]
+    values = [{"input_ids": row["input_ids"], "labels": rng.normal()} for row in data(6)]
+    scored = LlamaForSequenceClassification(CONFIG.replace(num_labels=1, pad_token_id=0))
+    for model, examples in ((BertForQuestionAnswering(config), answers), (scored, values)):
+        options = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        made = train(tmp_path / type(model).__name__, model, examples=examples, max_steps=2, learning_rate=0.0, **options)
+        apart = train(tmp_path / f"{type(model).__name__}2", model, examples=examples[4:], max_steps=1, per_device_train_batch_size=2)
+        assert losses(made)[1] == pytest.approx(losses(apart)[0], rel=1e-5)
+        every = [made.evaluate(examples[i : i + 1])["eval_loss"] for i in range(6)]
+        assert made.evaluate(examples)["eval_loss"] == pytest.approx(np.mean(every), rel=1e-5)
+
+
+def test_smoothing_of_heads_of_any_kind(tmp_path):
+    """As HF's label_smoothing_factor, for a masked language model."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    config = BertConfig(**SHAPE, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, examples = BertForMaskedLM(config), data(4)
+    made = train(tmp_path, model, examples=examples, max_steps=1, label_smoothing_factor=0.2, learning_rate=0.0)
+    logits = made.predict(examples).predictions
+    labels = torch.from_numpy(np.stack([row["labels"] for row in examples]))
+    wanted = LabelSmoother(0.2)({"logits": torch.from_numpy(np.array(logits))}, labels)
+    assert losses(made)[0] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_fp16_and_schedule_free(tmp_path):
+    made = train(tmp_path / "half", fp16=True, gradient_checkpointing=True, fp16_full_eval=True, eval_dataset=data(6))
+    assert made.model.dtype == jnp.float16 and made.model.remat == "full" and losses(made)[-1] < losses(made)[0]
+    assert made.state.log_history[0]["loss_scale"] == 65536 and made.evaluate()["eval_loss"] > 0
+    free = train(tmp_path / "free", optim="schedule_free_adamw", lr_scheduler_type="constant", eval_dataset=data(6))
+    assert all(record["learning_rate"] == 1e-2 for record in free.state.log_history if "learning_rate" in record)
+    assert free.evaluate()["eval_loss"] < losses(free)[0]
+
+
+def test_torch_loads_what_a_mesh_trained(tmp_path):
+    torch.manual_seed(0)
+    start = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2))
+    start.save_pretrained(tmp_path / "start")
+    model, params = AutoModelForCausalLM.from_pretrained(tmp_path / "start", mesh=make_mesh(fsdp=4, tensor=2), scan_layers=True)
+    made = train(tmp_path / "run", model, params, max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    made.save_model(tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = np.stack([row["input_ids"] for row in data(3)])
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(ids)).logits.numpy()
+    found = made.predict([{"input_ids": row} for row in ids]).predictions
+    assert np.max(np.abs(found - wanted)) <= 1e-4 * max(1, wanted.std())
