@@ -76,8 +76,8 @@ class Checkpoints:
 
         self.wait()
         flat = flat_state(state)
-        meta = {"about": about, "arrays": _shapes(flat), "run": run}
-        json.dumps(meta)  # what cannot be written fails here, and not when half of it is
+        # A copy, since it is written while the run goes on; what JSON cannot say fails here, before anything is written.
+        meta = json.loads(json.dumps({"about": about, "arrays": _shapes(flat), "run": run}))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.writing = self.path(step)
         with self._told():
