@@ -42,7 +42,8 @@ def train(out, model=MODEL, params=None, examples=None, resume=None, trainer=Tra
     known = ("loss", "count", "peft_config", "eval_dataset", "optimizers", "compute_metrics", "preprocess_logits_for_metrics", "frozen")
     given = {name: options.pop(name) for name in known if name in options}
     args = TrainingArguments(str(out), **{"max_steps": 8} | QUIET | options)
-    made = trainer(model, params or params_of(model), args, train_dataset=data() if examples is None else examples, callbacks=extra, **given)
+    given["train_dataset"] = data() if examples is None else examples
+    made = trainer(model, params or params_of(model), args, callbacks=extra, **given)
     made.train(resume_from_checkpoint=resume)
     return made
 
@@ -114,8 +115,11 @@ def test_saved_on_one_mesh_and_restored_on_another(whole, tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(whole, tmp_path):
     path = f"{whole.args.output_dir}/checkpoint-2"
     wider = LlamaForCausalLM(CONFIG.replace(intermediate_size=64, rms_norm_eps=1e-5))
-    with pytest.raises(CheckpointError, match=r"(?s)another model or optimizer.*config.intermediate_size: saved 48, now 64.*saved \[\[48, 32\]") as found:
+    with pytest.raises(CheckpointError, match="another model or optimizer") as found:
         train(tmp_path, wider, resume=path)
+    assert "config.intermediate_size: saved 48, now 64" in str(found.value) and "saved [[48, 32], 'float32'], now [[64, 32]" in str(
+        found.value
+    )
     assert "config.rms_norm_eps: saved 1e-06, now 1e-05" in str(found.value)
     with pytest.raises(CheckpointError, match=r"optimizer: saved adamw_torch_fused, now lion_32bit"):
         train(tmp_path, optim="lion_32bit", resume=path)
@@ -149,7 +153,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(NonFiniteError, match=rf"loss is nan at step 5, of examples 16, 17, 18, 19\. The last good checkpoint: {good}"):
         train(tmp_path, trainer=Poisoned, examples=examples, **options)
     assert list(checkpoints_in(tmp_path)) == [1, 2, 3, 4]
-    with pytest.raises(NonFiniteError, match="grad_norm is .* at step 1, of examples"):
+    with pytest.raises(NonFiniteError, match=r"grad_norm is .* at step 1, of examples"):
         train(tmp_path / "again", loss=lambda apply, params, batch, items: (jnp.sqrt(0 * params["lm_head"]["weight"]).sum(), {}))
 
 
@@ -212,9 +216,8 @@ def test_events_arguments_and_what_is_kept(tmp_path):
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "save_total_limit": 1, "load_best_model_at_end": True}
     options |= {"metric_for_best_model": "loss", "include_for_metrics": ["inputs", "loss"], "learning_rate": 0.3, "max_steps": 40}
-    made = train(
-        tmp_path, eval_dataset=held, compute_metrics=metrics, preprocess_logits_for_metrics=correct, extra=[EarlyStoppingCallback(3)], **options
-    )
+    options |= {"compute_metrics": metrics, "preprocess_logits_for_metrics": correct}
+    made = train(tmp_path, eval_dataset=held, extra=[EarlyStoppingCallback(3)], **options)
     evaluated = [(r["eval_loss"], r["step"]) for r in made.state.log_history if "eval_loss" in r]
     assert made.state.global_step == evaluated[-1][1] < 40
     best = min(evaluated)
@@ -225,7 +228,8 @@ def test_events_arguments_and_what_is_kept(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records == made.state.log_history
     step = next(r for r in records if r["step"] == 3 and "loss" in r)
-    assert {"loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second", "model_flops_per_second", "seconds_left", "host_memory"} <= step.keys()
+    assert {"loss", "grad_norm", "learning_rate", "epoch"} <= step.keys()
+    assert {"tokens_per_second", "model_flops_per_second", "seconds_left", "host_memory"} <= step.keys()
 
 
 def test_lora_trains_and_saves_the_adapter_alone(tmp_path):

@@ -9,16 +9,18 @@ from tester import sensitive
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from jaxmodels.auto import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-from jaxmodels.training import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from jaxmodels.training import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 from jaxmodels.training.batches import length_groups
+from jaxmodels.training.callbacks import EVENTS
 
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)
 BERT = transformers.BertConfig(**SHAPE, max_position_embeddings=40, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+T5 |= {"decoder_start_token_id": 0}
 COMMON = {"learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1, "max_grad_norm": 1.0, "train_sampling_strategy": "sequential"}
-COMMON |= {"max_steps": 10, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "lr_scheduler_type": "cosine", "warmup_steps": 3}
-COMMON |= {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 5}
+COMMON |= {"max_steps": 10, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+COMMON |= {"lr_scheduler_type": "cosine", "warmup_steps": 3, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 5}
 
 
 def rows(number, length, labels):
@@ -37,13 +39,21 @@ def pair(tmp_path, cls, config, auto):
     return theirs, *auto.from_pretrained(tmp_path / "start")
 
 
-def run_theirs(model, tmp_path, data, held, kind="", **options):
+def recorder(base, events):
+    """A callback that notes HF's events, those within a step apart."""
+    note = lambda event: lambda self, args, state, control, **kwargs: events.append((event, state.global_step))
+    return type("Recorder", (base,), {event: note(event) for event in EVENTS})()
+
+
+def run_theirs(model, tmp_path, data, held, kind="", events=None, **options):
     arguments = getattr(transformers, f"{kind}TrainingArguments")
     options = COMMON | {"report_to": "none", "use_cpu": True, "disable_tqdm": True} | options
     trainer = getattr(transformers, f"{kind}Trainer")(
         model, arguments(str(tmp_path / "theirs"), **options), train_dataset=data, eval_dataset=held
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if events is not None:
+        trainer.add_callback(recorder(transformers.TrainerCallback, events))
     trainer.train()
     return trainer
 
@@ -63,7 +73,7 @@ def test_llama(tmp_path, accumulation):
     """37 rows: an epoch ends in a batch of one row, in a last step of fewer parts."""
     theirs, model, params = pair(tmp_path, transformers.LlamaForCausalLM, LLAMA, AutoModelForCausalLM)
     data = rows(37, 13, lambda rng, ids, mask: np.where(mask & (rng.random(ids.shape) < 0.8), ids, -100))
-    held = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in data[:8]]  # as many labels in every batch: HF means over rows
+    held = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in data[:8]]  # HF means over rows: as many labels in each
     options = {"gradient_accumulation_steps": accumulation}
     reference = run_theirs(theirs, tmp_path, data, held, **options)
     trainer = Trainer(model, params, TrainingArguments(str(tmp_path / "ours"), **COMMON, **options), train_dataset=data, eval_dataset=held)
@@ -116,6 +126,19 @@ def test_seq2seq_generates(tmp_path):
     assert abs(found.metrics["test_loss"] - wanted.metrics["test_loss"]) <= 1e-4 * wanted.metrics["test_loss"]
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_order_of_events(tmp_path, strategy):
+    """Through steps, epochs, evaluations, checkpoints and a share of an epoch at the end."""
+    theirs, model, params = pair(tmp_path, transformers.LlamaForCausalLM, LLAMA, AutoModelForCausalLM)
+    data, wanted, found = rows(10, 9, lambda rng, ids, mask: ids), [], []
+    options = {f"{kind}_strategy": strategy for kind in ("eval", "save", "logging")} | {"max_steps": -1, "num_train_epochs": 2.5}
+    options |= {"eval_steps": 2, "save_steps": 3, "logging_steps": 0.2, "eval_on_start": True, "eval_delay": 1, "logging_first_step": True}
+    run_theirs(theirs, tmp_path, data, data[:5], events=wanted, **options)
+    args = TrainingArguments(str(tmp_path / "ours"), **COMMON | options | {"disable_tqdm": True})
+    Trainer(model, params, args, train_dataset=data, eval_dataset=data[:5], callbacks=[recorder(TrainerCallback, found)]).train()
+    assert found[1:] == wanted and found[0] == ("on_init_end", 0)  # HF's was added after that
+
+
 @pytest.mark.parametrize(("number", "batch"), [(5, 2), (97, 4), (1000, 3)])
 def test_groups_of_length(number, batch):
     lengths = np.random.default_rng(number).integers(3, 40, number).tolist()
@@ -126,9 +149,10 @@ def test_groups_of_length(number, batch):
 
 def test_masters_are_saved_as_they_were_given(tmp_path):
     """bfloat16 parameters train in float32 and come back as bfloat16, where torch loads them."""
-    theirs, model, params = pair(tmp_path, transformers.LlamaForCausalLM, LLAMA, AutoModelForCausalLM)
+    _, model, params = pair(tmp_path, transformers.LlamaForCausalLM, LLAMA, AutoModelForCausalLM)
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
-    args = TrainingArguments(str(tmp_path / "run"), max_steps=2, bf16=True, save_strategy="no", gradient_checkpointing=True, learning_rate=1e-2)
+    options = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-2}
+    args = TrainingArguments(str(tmp_path / "run"), bf16=True, gradient_checkpointing=True, **options)
     trainer = Trainer(model, half, args, train_dataset=rows(8, 9, lambda rng, ids, mask: ids))
     trainer.train()
     trainer.save_model(tmp_path / "hf")

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxmodels.training.checkpoints import checkpoints_in, read_meta
@@ -119,7 +118,7 @@ def test_a_full_disk_loses_nothing(jobs, tmp_path):
     process = jobs.start(out, 8, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
-    assert f"checkpoint-6 could not be written" in output and f"The last good checkpoint: {out / 'checkpoint-4'}" in output, output
+    assert "checkpoint-6 could not be written" in output and f"The last good checkpoint: {out / 'checkpoint-4'}" in output, output
     assert {path: path.read_bytes() for path in before} == before and not half_written(out)
     jobs.finish(out, 8)
     assert newest(out) == 8

@@ -34,8 +34,9 @@ def test_what_hf_wrote_is_read(tmp_path):
     """A whole to_dict of HF's, whose defaults mean nothing here, and what was chosen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chosen = {"learning_rate": 1e-4, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "warmup_steps": 0.1}
-        theirs = transformers.Seq2SeqTrainingArguments(str(tmp_path), report_to="none", use_cpu=False, gradient_checkpointing=True, **chosen)
+        chosen = {"learning_rate": 1e-4, "eval_strategy": "epoch", "save_strategy": "epoch", "warmup_steps": 0.1}
+        chosen |= {"load_best_model_at_end": True, "gradient_checkpointing": True}
+        theirs = transformers.Seq2SeqTrainingArguments(str(tmp_path), report_to="none", **chosen)
     values = theirs.to_dict()
     values["accelerator_config"] = None  # filled in by accelerate
     read = Seq2SeqTrainingArguments.from_dict(values)
@@ -58,13 +59,13 @@ def test_shares_and_numbers_written_as_text():
     ("values", "message"),
     [
         ({"fsdp": "full_shard"}, "does not take fsdp='full_shard': where arrays live is the model's `rules`"),
-        ({"dataloader_num_workers": 4, "torch_compile": True}, r"dataloader_num_workers=4: .* grain .*; torch_compile=True: every step is compiled"),
+        ({"dataloader_num_workers": 4, "torch_compile": True}, r"dataloader_num_workers=4: .* grain .*; torch_compile=True: every step is"),
         ({"learningrate": 1}, "has no argument learningrate; it has .* learning_rate"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected float"),
         ({"max_steps": 1.5}, "max_steps is 1.5; expected int"),
         ({"save_strategy": "never"}, "save_strategy is 'never'; expected one of no, steps, epoch, best"),
         ({"bf16": True, "fp16": True}, "exclude each other"),
-        ({"eval_strategy": "steps", "load_best_model_at_end": True, "eval_steps": 200, "save_steps": 500}, "save_steps 500.* multiple of eval_steps 200"),
+        ({"eval_strategy": "steps", "load_best_model_at_end": True, "eval_steps": 200}, "save_steps 500.* multiple of eval_steps 200"),
         ({"load_best_model_at_end": True}, "eval_strategy 'no' and save_strategy 'steps' to be the same"),
         ({"save_strategy": "best"}, "'best' needs metric_for_best_model"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "use_reentrant, which are torch's"),

@@ -90,9 +90,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 def known_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without what changes nothing here; ValueError on a name that is refused or unknown."""
     names = {f.name for f in dataclasses.fields(cls)}
-    refused = [f"{name}={value!r}: {REFUSED[name][1]}" for name, value in values.items() if name in REFUSED and value not in REFUSED[name][0]]
+    refused = [name for name, value in values.items() if name in REFUSED and value not in REFUSED[name][0]]
     if refused:
-        raise ValueError(f"{cls.__name__} does not take " + "; ".join(refused))
+        reasons = (f"{name}={values[name]!r}: {REFUSED[name][1]}" for name in refused)
+        raise ValueError(f"{cls.__name__} does not take {'; '.join(reasons)}")
     unknown = sorted(set(values) - names - set(REFUSED))
     if unknown:
         raise ValueError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
@@ -101,7 +102,7 @@ def known_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(cls: type) -> type:
     """The dataclass, refusing by name what it does not take."""
-    plain = cls.__init__
+    plain: Any = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **values: Any) -> None:
@@ -130,9 +131,10 @@ class TrainingArguments:
     """HF's names, defaults and meaning, but for: `report_to`, by default output_dir/log.jsonl; `optim`, also `adamw`, `lion`, `muon`.
 
     per_device_train_batch_size: rows of one part of a step on one device of the mesh's batch axes; a step takes that times those devices
-    times gradient_accumulation_steps. warmup_steps, logging_steps, eval_steps, save_steps: below 1 a share of all steps. activation_checkpointing
-    (or gradient_checkpointing): rematerialise by the policy of its kwargs, {"policy": "full"} by default. bf16, fp16: the compute dtype; trained
-    parameters are float32. z_loss, loss_chunk: as make_train_step's. ValueError on what is refused (see REFUSED), unknown or contradictory."""
+    times gradient_accumulation_steps. warmup_steps, logging_steps, eval_steps, save_steps: below 1 a share of all steps.
+    activation_checkpointing (or gradient_checkpointing): rematerialise by the policy of its kwargs, {"policy": "full"} by default. bf16,
+    fp16: the compute dtype; trained parameters are float32. z_loss, loss_chunk: as make_train_step's. ValueError on what is refused (see
+    REFUSED), unknown or contradictory."""
 
     output_dir: str = "trainer_output"
     per_device_train_batch_size: int = 8
@@ -236,10 +238,14 @@ class TrainingArguments:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        self.gradient_checkpointing, self.gradient_checkpointing_kwargs = self.activation_checkpointing, self.activation_checkpointing_kwargs
+        self.gradient_checkpointing = self.activation_checkpointing
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         wrong = sorted(set(self.activation_checkpointing_kwargs or ()) - {"policy"})
         if wrong:
-            raise ValueError(f"activation_checkpointing_kwargs has {', '.join(wrong)}, which are torch's; it takes policy, a jax.checkpoint policy by name")
+            names = ", ".join(wrong)
+            raise ValueError(
+                f"activation_checkpointing_kwargs has {names}, which are torch's; it takes policy, the name of a jax.checkpoint policy"
+            )
 
     def _validate(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -249,22 +255,22 @@ class TrainingArguments:
             steps = getattr(self, f"{kind}_steps")
             if getattr(self, f"{kind}_strategy") == "steps" and (not steps > 0 or (steps > 1 and steps != int(steps))):
                 raise ValueError(f"{kind}_steps is {steps}; expected a number of steps, or below 1 a share of all steps")
-        if self.fp16 and self.bf16 or self.fp16_full_eval and self.bf16_full_eval:
+        if (self.fp16 and self.bf16) or (self.fp16_full_eval and self.bf16_full_eval):
             raise ValueError("fp16 and bf16 exclude each other")
         if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps)):
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected a number of steps, or below 1 a share of all steps")
         unknown = sorted(set(self.report_to or ()) - set(REPORTS))
         if unknown:
-            raise ValueError(f"report_to has {', '.join(unknown)}; known are {', '.join(REPORTS)}. A callback's on_log reaches any other tracker")
+            known = ", ".join(REPORTS)
+            raise ValueError(f"report_to has {', '.join(unknown)}; known are {known}. A callback's on_log reaches any other tracker")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit is {self.save_total_limit}; expected at least 1, or None to keep every checkpoint")
         if self.load_best_model_at_end and self.save_strategy != "best":
+            needs = "load_best_model_at_end needs"
             if self.eval_strategy != self.save_strategy:
-                raise ValueError(
-                    f"load_best_model_at_end needs eval_strategy {self.eval_strategy!r} and save_strategy {self.save_strategy!r} to be the same"
-                )
+                raise ValueError(f"{needs} eval_strategy {self.eval_strategy!r} and save_strategy {self.save_strategy!r} to be the same")
             if self.eval_strategy == "steps" and not _multiple(self.save_steps, self.eval_steps):
-                raise ValueError(f"load_best_model_at_end needs save_steps {self.save_steps} to be a multiple of eval_steps {self.eval_steps}")
+                raise ValueError(f"{needs} save_steps {self.save_steps} to be a multiple of eval_steps {self.eval_steps}")
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError("save_strategy 'best' needs metric_for_best_model, such as 'loss'")
 

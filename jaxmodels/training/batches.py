@@ -33,7 +33,7 @@ class Batch:
 
 
 def stack(examples: list[Mapping[str, Any]]) -> Arrays:
-    """Examples of equal shapes as one batch; `label` and `label_ids` become `labels`, text is left out. ValueError names what does not fit."""
+    """Examples of equal shapes as one batch; `label` and `label_ids` become `labels`, text is left out. ValueError names what differs."""
     names = {"label": "labels", "label_ids": "labels"}
     batch: Arrays = {}
     for name, first in examples[0].items():
@@ -193,10 +193,10 @@ class Dataset:
 
     def set_position(self, saved: Mapping[str, Any]) -> None:
         """ValueError when what was saved is of another dataset or order."""
-        now = self.position()
-        differing = [f"{name}: saved {saved.get(name)!r}, now {now[name]!r}" for name in ("examples", "seed", "order") if saved.get(name) != now[name]]
+        before, now = dict(saved, row=0), self.position() | {"row": 0}
+        differing = [f"{name}: saved {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]
         if differing:
-            raise ValueError("the train dataset is not the one that the checkpoint stopped in: " + "; ".join(differing))
+            raise ValueError(f"the train dataset is not the one that the checkpoint stopped in: {'; '.join(differing)}")
         self.row = int(saved["row"])
 
 

@@ -154,8 +154,8 @@ class ProgressCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
             tqdm.write(readable(logs, state), file=sys.stdout)
             sys.stdout.flush()
 
@@ -202,7 +202,7 @@ class JSONLCallback(TrainerCallback):
             new.write_text("".join(json.dumps(line) + "\n" for line in state.log_history), encoding="utf-8")
             os.replace(new, path)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir) / "log.jsonl"
         if state.is_world_process_zero and path.parent.is_dir():
             with path.open("a", encoding="utf-8") as file:
@@ -210,18 +210,18 @@ class JSONLCallback(TrainerCallback):
 
 
 class TensorBoardCallback(TrainerCallback):
-    """Event files in output_dir/runs/RUN_NAME, written by tensorboardX or torch's writer, whichever is installed; by HF's names: train/loss,
-    eval/accuracy. ValueError where neither is."""
+    """Event files in output_dir/runs/RUN_NAME, written by tensorboardX or torch's writer, whichever is installed; by HF's names:
+    train/loss, eval/accuracy. ValueError where neither is."""
 
     def __init__(self) -> None:
-        self.make, self.writer = _writer_class(), None
+        self.make, self.writer = _writer_class(), None  # type: Any, Any
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.writer = self.make(str(Path(args.output_dir) / "runs" / (args.run_name or "")), purge_step=state.global_step + 1)
             self.writer.add_text("args", args.to_json_string())
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any, **kwargs: Any) -> None:
         if self.writer is None:
             return
         for name, value in logs.items():
@@ -266,7 +266,7 @@ class EarlyStoppingCallback(TrainerCallback):
                 f"or epoch (found {args.eval_strategy!r})"
             )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any) -> None:
         value = best_metric(args, metrics)
         better = state.best_metric is None or (
             (value > state.best_metric if args.greater_is_better else value < state.best_metric)

@@ -49,7 +49,8 @@ def _shapes(flat: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its directory. limit: how many to keep, as HF's save_total_limit; None for all. `best`, a path, is kept."""
+    """The checkpoints of one run, in its directory. limit: how many to keep, as HF's save_total_limit; None for all. `best`: the path of
+    one that is kept whatever its age."""
 
     def __init__(self, directory: str | Path, limit: int | None = None):
         import orbax.checkpoint as ocp

@@ -51,7 +51,7 @@ class EvalLoopOutput(NamedTuple):
 Count = Callable[[Any], jax.Array]
 
 
-def make_loss_step(model: Any, loss: Loss, count: Count, *, labels: Sequence[str]) -> Callable[..., tuple[Metrics, None]]:
+def make_loss_step(model: Any, loss: Loss, count: Count) -> Callable[..., tuple[Metrics, None]]:
     """A jitted `(params, batch) -> ({loss, tokens, …}, None)`; without noise, and weighed by labels."""
 
     def step(params: Any, batch: Any) -> tuple[Metrics, None]:
@@ -67,7 +67,7 @@ def _measure(apply: Callable[..., Any], params: Any, batch: Any, loss: Loss, cou
 
 
 def make_predict_step(
-    model: Any, loss: Loss, count: Count, *, labels: Sequence[str], names: set[str], preprocess: Callable[[Any, Any], Any] | None
+    model: Any, loss: Loss, count: Count, labels: Sequence[str], names: set[str], preprocess: Callable[[Any, Any], Any] | None
 ) -> Callable[..., tuple[Metrics, Any]]:
     """As make_loss_step's, with the model's outputs: a tuple without the loss, or the one that there is, or what `preprocess(outputs,
     labels)` makes of them. names: the arrays of a batch that the model takes. Nothing is measured of a batch without labels."""
@@ -80,7 +80,7 @@ def make_predict_step(
         if not inputs:
             raise ValueError(f"a batch of {', '.join(batch)} is not the model's inputs: prediction_loss_only=True evaluates the loss alone")
         out = apply(params, **inputs)
-        predicted = one_or_all([out[name] for name in out.keys() if name not in HIDDEN])
+        predicted = one_or_all([value for name, value in zip(out.keys(), out) if name not in HIDDEN])
         return measured, predicted if preprocess is None else preprocess(predicted, one_or_all(given))
 
     return jax.jit(step)

@@ -53,9 +53,9 @@ def host_memory() -> int:
 
 class Meter:
     """Counts steps, tokens and FLOPs. The clock of a run starts when its first step has ended, since that one compiles, and stands still
-    where `pause` says. step: (model) -> its train step; a step's FLOPs are those of the model without recomputation, over all devices."""
+    where `pause` says. step: (model, parts) -> its train step; a step's FLOPs are those without recomputation, over all devices."""
 
-    def __init__(self, model: Any, step: Callable[[Any], Callable[..., Any]]):
+    def __init__(self, model: Any, step: Callable[[Any, int], Callable[..., Any]]):
         self.model, self.step = model, step
         self.devices = [jax.devices()[0]] if model.rules is None else list(model.rules.mesh.devices.flat)
         peak = peak_flops(self.devices[0])
@@ -65,13 +65,13 @@ class Meter:
         self.steps = self.tokens = self.total = 0
         self.flops = self.paused = self.last = 0.0
 
-    def flops_of(self, parts: int, *arguments: Any) -> float:
-        """Of one step with these arguments."""
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-        key = (parts, *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes[1])))
-        if key not in self.known:
-            self.known[key] = count_flops(self.step(dataclasses.replace(self.model, remat=None)), *shapes)
-        return self.known[key]
+    def flops_of(self, batch: Mapping[str, jax.Array], parts: int, state: Any, key: jax.Array) -> float:
+        """Of one step; traced once for every shape of a batch."""
+        known = (parts, *((name, array.shape) for name, array in batch.items()))
+        if known not in self.known:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, dict(batch), key))
+            self.known[known] = count_flops(self.step(dataclasses.replace(self.model, remat=None), parts), *shapes)
+        return self.known[known]
 
     def start(self) -> None:
         self.begun = self.last = time.perf_counter()

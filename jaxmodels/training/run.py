@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -77,7 +78,7 @@ class Run:
         self.key = jax.random.key(self.args.seed)
         self.state: TrainState = create_train_state(self.model, self.optimizer, trainer.params, frozen=trainer.frozen)
         self.programs: dict[int, Any] = {}
-        self.meter = Meter(self.model, lambda model: trainer.make_step(model, self.optimizer, self.args.gradient_accumulation_steps))
+        self.meter = Meter(self.model, lambda model, parts: trainer.make_step(model, self.optimizer, parts))
         self.epoch = 0
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
         self.since_log: list[dict[str, float]] = []
@@ -106,8 +107,8 @@ class Run:
             return Path(resume)
         if last is not None and self.args.save_strategy != "no":
             raise CheckpointError(
-                f"{self.args.output_dir} has the checkpoints of an earlier run, up to {Path(last).name}: resume_from_checkpoint=True goes on "
-                "from there; for a new run choose another output_dir or remove them"
+                f"{self.args.output_dir} has the checkpoints of an earlier run, up to {Path(last).name}: resume_from_checkpoint=True goes "
+                "on from there; for a new run choose another output_dir or remove them"
             )
         return None
 
@@ -124,7 +125,7 @@ class Run:
         self.checkpoints.best = state.best_model_checkpoint
         self.epoch, self.since_log, self.total_loss = saved["epoch"], saved["since_log"], saved["total_loss"]
         self.source.set_position(saved["data"])
-        self.key = jax.random.wrap_key_data(np.asarray(saved["key"], np.uint32))
+        self.key = jax.random.wrap_key_data(jnp.asarray(saved["key"], jnp.uint32))
         self.trainer.callback_handler.restore(state.stateful_callbacks)
 
     def params(self, *, evaluated: bool = True) -> Any:
@@ -177,7 +178,7 @@ class Run:
         self.call("on_step_begin")
         arrays = put(self.model, batch)
         parts = math.gcd(args.gradient_accumulation_steps, batch.rows)
-        flops = self.meter.flops_of(parts, self.state, arrays, self.key)
+        flops = self.meter.flops_of(arrays, parts, self.state, self.key)
         self.state, metrics = self._program(parts)(self.state, arrays, self.key)
         state.global_step += 1
         state.epoch = self.epoch + self.source.share(state.max_steps)

@@ -110,10 +110,12 @@ def model_loss(model: Any, options: LossOptions, chunk: int | str | None) -> Los
 
     if "num_items_in_batch" in inspect.signature(type(model).__call__).parameters:
         return own
+
     def smoothed(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
         labels, out = batch["labels"], apply(params, **batch)
         if not jnp.issubdtype(labels.dtype, jnp.integer) or getattr(out, "logits", None) is None:
-            raise ValueError(f"label_smoothing is for classes; {type(model).__name__} has labels of {labels.dtype}, outputs {', '.join(out.keys())}")
+            found = f"labels of {labels.dtype}, outputs {', '.join(out.keys())}"
+            raise ValueError(f"label_smoothing is for a head that chooses among classes; {type(model).__name__} has {found}")
         return jnp.sum(token_losses(out.logits, labels, options)) / num_items, {}
 
     if options.z_loss:
@@ -172,8 +174,8 @@ def make_train_step(
     accumulation_steps: the batch is cut into so many parts, one after the other; the result is the whole batch's, every label weighing
         the same.
     max_grad_norm: gradients are scaled down to this norm, as torch.nn.utils.clip_grad_norm_ does.
-    label_smoothing: of any head that chooses among classes; z_loss: of causal models; see LossOptions. loss_chunk: tokens of each row whose logits exist at one time; "auto" keeps all while they
-        are at most 2**26 on a device; None always.
+    label_smoothing, z_loss: see LossOptions; the second for causal models alone. loss_chunk: tokens of each row whose logits exist at one
+        time; "auto" keeps all while they are at most 2**26 on a device; None always.
     frozen: parameters that get no gradient and no optimizer state, as `create_train_state` was told: regular expressions of whole names,
         or a function of the name.
     float16 (the model's dtype) brings a dynamic loss scale; a step whose gradients are not finite changes only that."""

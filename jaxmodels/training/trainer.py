@@ -126,7 +126,9 @@ class Trainer:
 
     # ---- What a subclass may change ------------------------------------------------------------------------------------
 
-    def compute_loss(self, apply: Callable[..., Any], params: Any, inputs: Batch, num_items_in_batch: jax.Array) -> tuple[jax.Array, Metrics]:
+    def compute_loss(
+        self, apply: Callable[..., Any], params: Any, inputs: Batch, num_items_in_batch: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         """A pure function, traced once: the sum over the inputs' items divided by num_items_in_batch [], and further such sums to be
         logged. `apply(params, **inputs)` calls the model. num_items_in_batch: by `count`, the labels of all parts of the step."""
         return self._loss(apply, params, inputs, num_items_in_batch)
@@ -251,9 +253,12 @@ class Trainer:
         """(loss, tokens and what else is measured, the outputs) of a batch on the devices; nothing is measured without labels, and there
         are no outputs where the loss alone is wanted."""
         if prediction_loss_only not in self._eval_steps:
-            options = {} if prediction_loss_only else {"names": inputs_of(self.model), "preprocess": self.preprocess_logits_for_metrics}
-            make = make_loss_step if prediction_loss_only else make_predict_step
-            self._eval_steps[prediction_loss_only] = make(self.eval_model, self.compute_loss, self.count, labels=self.label_names, **options)
+            loss = (self.eval_model, self.compute_loss, self.count)
+            self._eval_steps[prediction_loss_only] = (
+                make_loss_step(*loss)
+                if prediction_loss_only
+                else make_predict_step(*loss, self.label_names, inputs_of(self.model), self.preprocess_logits_for_metrics)
+            )
         return self._eval_steps[prediction_loss_only](params, inputs)  # type: ignore[no-any-return]
 
 
