@@ -57,7 +57,21 @@ _PUBLIC = {
     "params": ("abstract_params", "count_params", "flatten", "init_params", "param_axes", "unflatten"),
     "processing": ("AutoTokenizer",),
     "sharding": ("Rules", "explain", "make_mesh"),
-    "training": ("TrainState", "create_train_state", "make_eval_step", "make_optimizer", "make_schedule", "make_train_step"),
+    "training": (
+        "EarlyStoppingCallback",
+        "Seq2SeqTrainer",
+        "Seq2SeqTrainingArguments",
+        "TrainState",
+        "Trainer",
+        "TrainerCallback",
+        "TrainingArguments",
+        "create_train_state",
+        "get_last_checkpoint",
+        "make_eval_step",
+        "make_optimizer",
+        "make_schedule",
+        "make_train_step",
+    ),
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_WHERE)

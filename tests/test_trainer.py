@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,20 @@ def close(one, other, rtol=1e-5):
     flat = flatten(other)
     for name, leaf in flatten(one).items():
         assert np.linalg.norm(leaf - flat[name]) <= rtol * np.linalg.norm(leaf), name
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    """Event files with HF's tags by a writer that is installed; without one an error that says which."""
+    pytest.importorskip("tensorboardX")
+    train(tmp_path, report_to="tensorboard", run_name="first", max_steps=2, eval_strategy="steps", eval_dataset=data(4))
+    (events,) = (tmp_path / "runs" / "first").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert all(tag in content for tag in (b"train/loss", b"train/grad_norm", b"train/learning_rate", b"eval/loss", b"args/text_summary"))
+    assert not (tmp_path / "log.jsonl").exists()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboardX"):
+        train(tmp_path, report_to="tensorboard")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +146,8 @@ def test_a_checkpoint_of_something_else_is_refused(whole, tmp_path):
         train(tmp_path, examples=data(8), resume=path)
     with pytest.raises(CheckpointError, match="no checkpoint of a Trainer"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-7"))
+    with pytest.raises(CheckpointError, match="checkpoint-2 is older than checkpoint-4, checkpoint-6, checkpoint-8 in"):
+        train(whole.args.output_dir, save_strategy="steps", resume=path)
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         train(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="checkpoints of an earlier run, up to checkpoint-8"):

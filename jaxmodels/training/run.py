@@ -22,7 +22,7 @@ import optax
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.training.batches import Batch, Dataset, Stream, put
 from jaxmodels.training.callbacks import TrainerState, best_metric
-from jaxmodels.training.checkpoints import Checkpoints, describe, get_last_checkpoint, restore
+from jaxmodels.training.checkpoints import Checkpoints, checkpoints_in, describe, get_last_checkpoint, restore
 from jaxmodels.training.evaluation import plain, speed
 from jaxmodels.training.meter import Meter, input_tokens
 from jaxmodels.training.step import TrainState, create_train_state
@@ -94,6 +94,11 @@ class Run:
         self.checkpoints = Checkpoints(self.args.output_dir, self.args.save_total_limit)
         if path is not None:
             self._restore(path)
+        newer = [path.name for step, path in checkpoints_in(self.args.output_dir).items() if step > trainer.state.global_step]
+        if newer and self.args.save_strategy != "no":
+            raise CheckpointError(
+                f"{path} is older than {', '.join(newer)} in {self.args.output_dir}: remove those or choose another output_dir"
+            )
         self.saved_at = trainer.state.global_step if path else -1
         self.first = trainer.state.global_step
 
@@ -205,7 +210,7 @@ class Run:
         """Read what steps have measured, but for the last `leave`, and stop at what is not finite."""
         while len(self.waiting) > leave:
             step, name, metrics = self.waiting.popleft()
-            found = {key: float(value) for key, value in metrics.items()}
+            found = {key: float(value) for key, value in jax.device_get(metrics).items()}
             wrong = [key for key in ("loss", "grad_norm") if not math.isfinite(found[key])]
             if wrong and ("loss" in wrong or self.state.loss_scale is None):
                 self.checkpoints.wait()

@@ -71,6 +71,8 @@ class Trainer:
         self.args = args = TrainingArguments() if args is None else args
         if model.rules is None and jax.process_count() > 1:
             raise ValueError(f"{jax.process_count()} processes need a mesh: from_pretrained(path, mesh=make_mesh(data=-1))")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError(f"eval_strategy is {args.eval_strategy!r}: evaluation needs an eval_dataset")
         compute = jnp.bfloat16 if args.bf16 else jnp.float16 if args.fp16 else model.dtype
         self.model = dataclasses.replace(model, dtype=compute, remat=args.remat or model.remat)
         whole = jnp.bfloat16 if args.bf16_full_eval else jnp.float16 if args.fp16_full_eval else compute
@@ -194,8 +196,10 @@ class Trainer:
         self._params = None
         try:
             output = run()
-        finally:
-            self._params, self._run = run.params(), None
+        except BaseException:
+            self._params, self._run = run.state.params, None
+            raise
+        self._params, self._run = run.params(), None
         self.call_event("on_train_end")
         return output
 

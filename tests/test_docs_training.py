@@ -1,0 +1,32 @@
+"""The code of docs/training.md runs as printed."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import transformers
+
+import jaxmodels as jm
+from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+
+CODE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "training.md").read_text(), re.DOTALL)[1]
+SHAPE = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_finetune(tmp_path, capsys):
+    """Counting upwards is learnt, and torch loads the result."""
+    scope: dict = {}
+    exec(CODE, scope)  # the page's own code
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    jm.save_pretrained(tmp_path / "start", model, jm.init_params(model, jax.random.key(0)))
+    ids = np.arange(90)[:, None] % 32 + np.arange(10)
+    rows = [{"input_ids": row % 32, "labels": row % 32} for row in ids]
+    trainer = scope["finetune"](tmp_path / "start", rows[:80], rows[80:], str(tmp_path / "out"))
+    accuracies = [record["eval_accuracy"] for record in trainer.state.log_history if "eval_accuracy" in record]
+    assert len(accuracies) == 3 and accuracies[-1] > accuracies[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"step 3/30  epoch 0.30  loss \d\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  \S+ TFLOP/s  host \S+ GB  0:00:\d\d left", lines[2]
+    )
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf").config.vocab_size == 32
