@@ -13,10 +13,10 @@ from jaxmodels.training import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from jaxmodels.training.batches import length_groups
 from jaxmodels.training.callbacks import EVENTS
 
-SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 LLAMA = transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)
 BERT = transformers.BertConfig(**SHAPE, max_position_embeddings=40, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
 T5 |= {"decoder_start_token_id": 0}
 COMMON = {"learning_rate": 1e-2, "weight_decay": 0.1, "logging_steps": 1, "max_grad_norm": 1.0, "train_sampling_strategy": "sequential"}
 COMMON |= {"max_steps": 10, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
@@ -158,8 +158,8 @@ def test_masters_are_saved_as_they_were_given(tmp_path):
     trainer.save_model(tmp_path / "hf")
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    weight = loaded.model.layers[1].mlp.up_proj.weight
+    weight = loaded.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.bfloat16
-    moved = np.asarray(trainer.params["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"])
+    moved = np.asarray(trainer.params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"])
     assert np.array_equal(weight.float().detach().numpy(), moved.astype("bfloat16").astype("float32"))
-    assert not np.array_equal(weight.float().detach().numpy(), np.asarray(params["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"]))
+    assert not np.array_equal(weight.float().detach().numpy(), np.asarray(params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
 import sys
@@ -53,10 +52,10 @@ def host_memory() -> int:
 
 class Meter:
     """Counts steps, tokens and FLOPs. The clock of a run starts when its first step has ended, since that one compiles, and stands still
-    where `pause` says. step: (model, parts) -> its train step; a step's FLOPs are those without recomputation, over all devices."""
+    where `pause` says. step: the train step for a number of parts, without recomputation; its FLOPs are those over all devices."""
 
-    def __init__(self, model: Any, step: Callable[[Any, int], Callable[..., Any]]):
-        self.model, self.step = model, step
+    def __init__(self, model: Any, step: Callable[[int], Callable[..., Any]]):
+        self.step = step
         self.devices = [jax.devices()[0]] if model.rules is None else list(model.rules.mesh.devices.flat)
         peak = peak_flops(self.devices[0])
         self.peak = None if peak is None else peak * len(self.devices)
@@ -70,7 +69,7 @@ class Meter:
         known = (parts, *((name, array.shape) for name, array in batch.items()))
         if known not in self.known:
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, dict(batch), key))
-            self.known[known] = count_flops(self.step(dataclasses.replace(self.model, remat=None), parts), *shapes)
+            self.known[known] = count_flops(self.step(parts), *shapes)
         return self.known[known]
 
     def start(self) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,15 +53,22 @@ def lengths(args: Any, source: Dataset | Stream) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[threading.Event]:
-    """The event is set when SIGTERM arrives; in the main thread alone, where Python hears of signals."""
+def listening() -> Iterator[Callable[[int], bool]]:
+    """Whether to leave after a step, because SIGTERM has come: (step) -> bool, to be asked after every step.
+
+    Several processes agree on a step when any of them has heard it. Alone, signals are heard in the main thread."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        yield reached_preemption_sync_point
+        return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
-        yield asked
+        yield lambda step: asked.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -78,7 +85,7 @@ class Run:
         self.key = jax.random.key(self.args.seed)
         self.state: TrainState = create_train_state(self.model, self.optimizer, trainer.params, frozen=trainer.frozen)
         self.programs: dict[int, Any] = {}
-        self.meter = Meter(self.model, lambda model, parts: trainer.make_step(model, self.optimizer, parts))
+        self.meter = Meter(self.model, self._without_remat)
         self.epoch = 0
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
         self.since_log: list[dict[str, float]] = []
@@ -198,13 +205,19 @@ class Run:
             self.meter.start()
         self.call("on_step_end")
         self._act()
-        if self.preempted.is_set():
+        if self.preempted(state.global_step):
             self._leave()
 
     def _program(self, parts: int) -> Any:
         if parts not in self.programs:
             self.programs[parts] = self.trainer.make_step(self.model, self.optimizer, parts)
         return self.programs[parts]
+
+    def _without_remat(self, parts: int) -> Any:
+        """The step as it would be without recomputation."""
+        if self.model.remat is None:
+            return self._program(parts)
+        return self.trainer.make_step(dataclasses.replace(self.model, remat=None), self.optimizer, parts)
 
     def _collect(self, leave: int = 0) -> None:
         """Read what steps have measured, but for the last `leave`, and stop at what is not finite."""
