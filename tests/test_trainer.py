@@ -11,6 +11,7 @@ import optax
 import pytest
 import torch
 import transformers
+from transformers.trainer_pt_utils import LabelSmoother
 
 from jaxmodels.auto import AutoModelForCausalLM
 from jaxmodels.convert.errors import CheckpointError
@@ -210,16 +211,19 @@ class Stateful(Plain):
 @pytest.mark.parametrize("stateful", [True, False])
 def test_a_stream_goes_on_where_it_stopped(tmp_path, stateful):
     """Two passes over five batches, the last of each smaller and padded; stopped in the second pass."""
-    made = train(tmp_path / "whole", examples=Numbers(stateful))
-    train(tmp_path / "out", examples=Numbers(stateful), max_steps=6, lr_scheduler_type="constant", save_strategy="steps")
-    again = train(tmp_path / "out", examples=Numbers(stateful), resume=True, lr_scheduler_type="constant")
-    straight = train(tmp_path / "straight", examples=Numbers(stateful), lr_scheduler_type="constant")
-    assert losses(again) == losses(straight) and len(losses(made)) == 8
+    straight = train(tmp_path / "straight", examples=Numbers(stateful))
+    stopped = {"extra": [Stop(6)], "save_strategy": "steps"}
+    train(tmp_path / "out", examples=Numbers(stateful), **stopped)
+    again = train(tmp_path / "out", examples=Numbers(stateful), resume=True)
+    assert losses(again) == losses(straight) and len(losses(again)) == 8
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(straight.params)))
+
+
+def test_a_stream_that_ends(tmp_path):
     with pytest.raises(ValueError, match="without a length needs max_steps"):
-        train(tmp_path / "x", examples=Numbers(), max_steps=-1)
+        train(tmp_path, examples=Numbers(), max_steps=-1)
     with pytest.raises(ValueError, match="nothing more after 5 steps"):
-        train(tmp_path / "y", examples=iter(Numbers()))
+        train(tmp_path, examples=iter(Numbers()))
 
 
 def test_events_arguments_and_what_is_kept(tmp_path):
@@ -283,33 +287,35 @@ def test_preferences(tmp_path):
     assert {"eval_loss", "eval_rewards/accuracies"} <= made.evaluate().keys()
 
 
+BERT = BertConfig(**SHAPE, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def untrained(out, model, **options):
+    return Trainer(model, params_of(model), TrainingArguments(str(out), **QUIET | {"per_device_eval_batch_size": 4} | options))
+
+
 def test_rows_that_do_not_count(tmp_path):
-    """Answers and regressions: the last, smaller batch weighs what its rows weigh."""
-    config = BertConfig(**SHAPE, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    """Answers and regressions: a last, smaller batch weighs what its rows weigh."""
     rng = np.random.default_rng(0)
     answers = [{"input_ids": row["input_ids"], "start_positions": rng.integers(12), "end_positions": rng.integers(12)} for row in data(6)]
     values = [{"input_ids": row["input_ids"], "labels": rng.normal()} for row in data(6)]
     scored = LlamaForSequenceClassification(CONFIG.replace(num_labels=1, pad_token_id=0))
-    for model, examples in ((BertForQuestionAnswering(config), answers), (scored, values)):
-        options = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-        made = train(tmp_path / type(model).__name__, model, examples=examples, max_steps=2, learning_rate=0.0, **options)
-        apart = train(tmp_path / f"{type(model).__name__}2", model, examples=examples[4:], max_steps=1, per_device_train_batch_size=2)
-        assert losses(made)[1] == pytest.approx(losses(apart)[0], rel=1e-5)
-        parts = [made.evaluate(some)["eval_loss"] for some in (examples[:4], examples[4:])]
-        assert made.evaluate(examples)["eval_loss"] == pytest.approx(np.average(parts, weights=[4, 2]), rel=1e-5)
+    for model, examples in ((BertForQuestionAnswering(BERT), answers), (scored, values)):
+        trainer = untrained(tmp_path, model)
+        parts = [trainer.evaluate(some)["eval_loss"] for some in (examples[:4], examples[4:])]
+        assert trainer.evaluate(examples)["eval_loss"] == pytest.approx(np.average(parts, weights=[4, 2]), rel=1e-5)
+    options = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    made = train(tmp_path, scored, examples=values, max_steps=2, learning_rate=0.0, **options)
+    assert losses(made) == pytest.approx(parts, rel=1e-5)
 
 
 def test_smoothing_of_heads_of_any_kind(tmp_path):
     """As HF's label_smoothing_factor, for a masked language model."""
-    from transformers.trainer_pt_utils import LabelSmoother
-
-    config = BertConfig(**SHAPE, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model, examples = BertForMaskedLM(config), data(4)
-    made = train(tmp_path, model, examples=examples, max_steps=1, label_smoothing_factor=0.2, learning_rate=0.0)
-    logits = made.predict(examples).predictions
-    labels = torch.from_numpy(np.stack([row["labels"] for row in examples]))
-    wanted = LabelSmoother(0.2)({"logits": torch.from_numpy(np.array(logits))}, labels)
-    assert losses(made)[0] == pytest.approx(wanted.item(), rel=1e-5)
+    examples = data(4)
+    trainer = untrained(tmp_path, BertForMaskedLM(BERT), label_smoothing_factor=0.2)
+    output = trainer.predict(examples)
+    wanted = LabelSmoother(0.2)({"logits": torch.from_numpy(output.predictions)}, torch.from_numpy(output.label_ids).long())
+    assert output.metrics["test_loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_fp16_and_schedule_free(tmp_path):

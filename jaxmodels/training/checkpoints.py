@@ -5,10 +5,11 @@ none; older ones go only when a newer one is there. Arrays are restored into the
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,29 @@ class Checkpoints:
         meta = json.loads(json.dumps({"about": about, "arrays": _shapes(flat), "run": run}))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.writing = self.path(step)
-        with self._told():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta))
-            self.saver.save(self.writing, args=items)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta))
+        self._try(lambda: self.saver.save(self.writing, args=items))
 
     def wait(self) -> None:
         """Until what is being written is there; then the oldest that are too many go."""
         if self.writing is None:
             return
-        with self._told():
-            self.saver.wait_until_finished()
+        self._try(self.saver.wait_until_finished)
         self.writing = None
         self._rotate()
 
-    def _told(self) -> Any:
-        return _Told(self)
+    def _try(self, write: Callable[[], Any]) -> None:
+        """CheckpointError says which checkpoint failed and which is the last good one."""
+        try:
+            write()
+        except Exception as error:  # Orbax and tensorstore raise what they please
+            reason = str(error).split("[", 1)[0].strip() or type(error).__name__
+        else:
+            return
+        gc.collect()  # what Orbax had begun to write would complain when the process ends
+        failed, self.writing = self.writing, None
+        self._sweep()
+        raise CheckpointError(f"{failed} could not be written: {reason.rstrip('.')}. The last good checkpoint: {self.last() or 'none'}")
 
     def _rotate(self) -> None:
         if self.limit is None or jax.process_index():
@@ -119,22 +128,6 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self.saver.close()
-
-
-class _Told:
-    """Says which checkpoint failed and which is the last good one."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            failed, self.checkpoints.writing = self.checkpoints.writing, None
-            self.checkpoints._sweep()
-            good = self.checkpoints.last() or "none"
-            raise CheckpointError(f"{failed} could not be written: {error}. The last good checkpoint: {good}") from error
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Axis letters: B rows, T tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodels.auto import save_pretrained
+from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.generation import generate
 from jaxmodels.ops.loss import LossOptions
 from jaxmodels.params import flatten, unflatten
@@ -198,6 +200,8 @@ class Trainer:
             output = run()
         except BaseException:
             self._params, self._run = run.state.params, None
+            with contextlib.suppress(CheckpointError):  # what is being written is worth waiting for
+                run.checkpoints.wait()
             raise
         self._params, self._run = run.params(), None
         self.call_event("on_train_end")
@@ -272,6 +276,7 @@ class Seq2SeqTrainer(Trainer):
     gen_kwargs of evaluate and predict: options of `generate`, over those of the arguments and of the model."""
 
     args: Seq2SeqTrainingArguments
+    _gen_kwargs: Mapping[str, Any] = {}
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval", **gen_kwargs: Any) -> dict[str, float]:
         self._gen_kwargs = gen_kwargs
