@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tester import sensitive
+from cases import sensitive
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from jaxmodels.auto import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
