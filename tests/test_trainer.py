@@ -210,13 +210,25 @@ class Stateful(Plain):
 
 @pytest.mark.parametrize("stateful", [True, False])
 def test_a_stream_goes_on_where_it_stopped(tmp_path, stateful):
-    """Two passes over five batches, the last of each smaller and padded; stopped in the second pass."""
+    """Two passes over five batches, the last of each smaller and padded; stopped behind the last of a pass, or in the second."""
     straight = train(tmp_path / "straight", examples=Numbers(stateful))
-    stopped = {"extra": [Stop(6)], "save_strategy": "steps"}
+    stopped = {"extra": [Stop(5 if stateful else 6)], "save_strategy": "steps"}
     train(tmp_path / "out", examples=Numbers(stateful), **stopped)
     again = train(tmp_path / "out", examples=Numbers(stateful), resume=True)
     assert losses(again) == losses(straight) and len(losses(again)) == 8
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(straight.params)))
+
+
+def test_ended_between_the_last_step_and_the_end_of_its_epoch(tmp_path):
+    class Crash(TrainerCallback):
+        def on_epoch_end(self, *args, **kwargs):
+            raise RuntimeError("power cut")
+
+    options = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch", "eval_dataset": data(4), "max_steps": 6}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, extra=[Crash()], **options)
+    evaluated = lambda trainer: [record["step"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert evaluated(train(tmp_path, resume=True, **options)) == [6]
 
 
 def test_a_stream_that_ends(tmp_path):

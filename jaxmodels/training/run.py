@@ -31,6 +31,9 @@ from jaxmodels.training.trainable import merge, split
 PREEMPTED = 143  # the exit code after SIGTERM: 128 + 15, as a shell reports a process that the signal ended
 
 
+KEPT = ("epoch", "closed", "steps", "sums", "last", "total_loss")  # of a Run, in its checkpoints
+
+
 class TrainOutput(NamedTuple):
     """training_loss: the mean over all steps of the run, those before it was resumed included."""
 
@@ -86,9 +89,9 @@ class Run:
         self.state: TrainState = create_train_state(self.model, self.optimizer, trainer.params, frozen=trainer.frozen)
         self.programs: dict[int, Any] = {}
         self.meter = Meter(self.model, self._without_remat)
-        self.epoch = 0
+        self.epoch, self.closed = 0, False  # closed: this epoch's last event has been
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
-        self.since_log: list[dict[str, float]] = []
+        self.steps, self.sums, self.last = 0, {}, {}  # type: int, dict[str, float], dict[str, float]  # since the last log
         self.total_loss = 0.0
         self.about = describe(self.model, trainer.optimizer_name)
         trainer.state = TrainerState(
@@ -135,14 +138,15 @@ class Run:
         if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
             state.best_model_checkpoint = None
         self.checkpoints.best = state.best_model_checkpoint
-        self.epoch, self.since_log, self.total_loss = saved["epoch"], saved["since_log"], saved["total_loss"]
+        for name in KEPT:
+            setattr(self, name, saved[name])
         self.source.set_position(saved["data"])
         self.key = jax.random.wrap_key_data(jnp.asarray(saved["key"], jnp.uint32))
         self.trainer.callback_handler.restore(state.stateful_callbacks)
 
-    def params(self, *, evaluated: bool = True) -> Any:
-        """The parameters as they are; of a schedule-free optimizer, those to evaluate."""
-        if not evaluated or not self.trainer.optimizer_name.startswith("schedule_free"):
+    def params(self) -> Any:
+        """The parameters; of a schedule-free optimizer, those to evaluate."""
+        if not self.trainer.optimizer_name.startswith("schedule_free"):
             return self.state.params
         trained, fixed = split(self.state.params, self.trainer.frozen)
         return merge(optax.contrib.schedule_free_eval_params(self.state.opt_state, trained), fixed)
@@ -161,26 +165,32 @@ class Run:
             self.call("on_train_begin")
             if self.args.eval_on_start and not self.trainer.state.global_step:
                 self.trainer.evaluate()
-            if self.trainer.state.global_step >= self.max_steps:
-                self.control.should_training_stop = True
-            while self.epoch < self.epochs and not self.control.should_training_stop:
-                self._one_epoch()
+            if self.trainer.state.global_step < self.max_steps:
+                while self.epoch < self.epochs and not self.control.should_training_stop:
+                    self._one_epoch()
+            elif not self.closed:  # ended between the last step and the end of its epoch
+                self._close_epoch()
             return self._finish(time.perf_counter() - began)
 
     def _one_epoch(self) -> None:
-        self.control.should_epoch_stop = False
+        self.control.should_epoch_stop = self.closed = False
         self.call("on_epoch_begin")
-        before, complete = self.trainer.state.global_step, True
+        complete = True
         for batch in self.source.epoch(self.epoch):
             self._step(batch)
             if self.control.should_training_stop or self.control.should_epoch_stop:
                 complete = self.control.should_epoch_stop or self.source.at_end()
                 break
-        if before == self.trainer.state.global_step and self.source.steps is None:
-            raise ValueError(f"the train dataset has nothing more after {before} steps, and max_steps is {self.max_steps}")
+        if isinstance(self.source, Stream) and not self.source.read:
+            step = self.trainer.state.global_step
+            raise ValueError(f"the train dataset has nothing more after {step} steps, and max_steps is {self.max_steps}")
         if complete:
             self.source.restart()
             self.epoch += 1
+        self._close_epoch()
+
+    def _close_epoch(self) -> None:
+        self.closed = True
         self.call("on_epoch_end")
         self._act()
 
@@ -232,7 +242,8 @@ class Run:
                     f"The last good checkpoint: {self.checkpoints.last() or 'none'}"
                 )
             del found["tokens"]
-            self.since_log.append(found)
+            self.steps, self.last = self.steps + 1, found
+            self.sums = {key: self.sums.get(key, 0.0) + value for key, value in found.items()}
             self.total_loss += found["loss"]
 
     def _act(self) -> None:
@@ -240,7 +251,7 @@ class Run:
         args, control, began = self.args, self.control, time.perf_counter()
         if control.should_log or control.should_evaluate or control.should_save:
             self._collect()
-        if control.should_log and self.since_log:
+        if control.should_log and self.steps:
             self._log()
             began = time.perf_counter()
         if control.should_evaluate:
@@ -256,13 +267,12 @@ class Run:
 
     def _log(self) -> None:
         """Means since the last log; the gradients' norm and the loss scale are the last step's, as in HF."""
-        names = list(self.since_log[-1])
-        logs = {name: sum(found[name] for found in self.since_log) / len(self.since_log) for name in names}
-        logs |= {name: self.since_log[-1][name] for name in ("grad_norm", "loss_scale") if name in names}
+        logs = {name: value / self.steps for name, value in self.sums.items()}
+        logs |= {name: self.last[name] for name in ("grad_norm", "loss_scale") if name in logs}
         step = self.trainer.state.global_step
         if self.schedule is not None:
             logs["learning_rate"] = float(self.schedule(step - 1)) if callable(self.schedule) else float(self.schedule)
-        self.since_log = []
+        self.steps, self.sums = 0, {}
         self.trainer.log({**logs, **self.meter.read(self.max_steps - step)})
 
     def _better(self, metrics: dict[str, float]) -> bool:
@@ -290,10 +300,8 @@ class Run:
         state.stateful_callbacks = plain(self.trainer.callback_handler.states())
         run = {
             "trainer_state": dataclasses.asdict(state),
-            "epoch": self.epoch,
+            **{name: getattr(self, name) for name in KEPT},
             "data": self.source.position(),
-            "since_log": self.since_log,
-            "total_loss": self.total_loss,
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "arguments": self.args.to_dict(),
         }
