@@ -26,9 +26,9 @@ class Jobs:
         self.env = os.environ | {"PYTHONPATH": str(JOB.parent.parent), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
         self.env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "XLA_FLAGS": ""}
 
-    def start(self, out, steps, **options):
+    def start(self, out, steps):
         command = [sys.executable, str(JOB), str(out), str(steps)]
-        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, out, steps):
         process = self.start(out, steps)
@@ -122,9 +122,9 @@ def test_a_full_disk_loses_nothing(jobs, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     before = {path: path.read_bytes() for path in out.glob("checkpoint-*/**/*") if path.is_file()}
     limit = max(len(content) for content in before.values()) // 2
-    process = jobs.start(out, 28, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    process = jobs.start(out, 28)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
     assert "checkpoint-26 could not be written" in output and f"The last good checkpoint: {out / 'checkpoint-24'}" in output, output
     assert {path: path.read_bytes() for path in before} == before and not half_written(out)
-    print(output)
