@@ -20,7 +20,6 @@ import optax
 
 from jaxmodels.auto import save_pretrained
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.generation import generate
 from jaxmodels.ops.loss import LossOptions
 from jaxmodels.params import flatten, unflatten
 from jaxmodels.training.arguments import Seq2SeqTrainingArguments, TrainingArguments
@@ -289,6 +288,8 @@ class Seq2SeqTrainer(Trainer):
     def prediction_step(self, params: Any, inputs: dict[str, jax.Array], prediction_loss_only: bool) -> tuple[Metrics, Any]:
         if prediction_loss_only or not self.args.predict_with_generate:
             return super().prediction_step(params, inputs, prediction_loss_only)
+        from jaxmodels.generation import generate
+
         measured, _ = super().prediction_step(params, inputs, True)
         options = dict(self._gen_kwargs)
         if not {"max_length", "max_new_tokens"} & options.keys() and self.args.generation_max_length is not None:
