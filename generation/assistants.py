@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxmodels.generation.assisted import Drafter, Memory
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.drafts import DraftModel, PromptLookup
 from jaxmodels.generation.processors_base import to_float, to_int
+from jaxmodels.generation.universal import Given, Reencoder
 
 ROUNDS = 2  # the columns of so many rounds are room for what a batch's rows reject, before the cache is compacted
 DEFAULTS = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
@@ -46,7 +48,7 @@ def build_drafter(
         if layers >= most:
             raise ValueError(f"assistant_early_exit={layers} leaves the model after its last layer: it has {most}, use 1 to {most - 1}")
         return _draft_model(config, model.clone(early_exit=layers), params, shared=True)
-    return _assistant(config, model, assistant_model, cache)
+    return _assistant(config, model, assistant_model, tokenizers, cache)
 
 
 def recall(drafter: Drafter | None, memory: Memory | None) -> Memory | None:
@@ -79,19 +81,37 @@ def _check(config: Any, name: str) -> None:
             raise ValueError(f"{option} decides shapes: make it static in jax.jit, static_argnames=({option!r},)")
 
 
-def _assistant(config: Any, model: Any, assistant_model: Any, cache: Any) -> Drafter:
+def build_reencoder(config: Any, assistant_model: tuple[Any, Any], tokenizers: tuple[Any, Any], ids: Any, real: Any) -> Reencoder:
+    """What drafts on the host, after prompts ids [B,T] of which real [B,T] is no padding."""
+    if isinstance(ids, jax.core.Tracer):
+        raise ValueError("with two tokenizers drafts go through text, on the host: this cannot be used inside jax.jit")
+    draft, params = assistant_model
+    eos = GenerationConfig.from_model_config(draft.config).eos_token_id
+    drafter = dataclasses.replace(_draft_model(config, draft, params, shared=False), logits=False)
+    return Reencoder(drafter, eos, tokenizers, (config.target_lookbehind or 10, config.assistant_lookbehind or 10), [row[keep] for row, keep in zip(ids, real)])
+
+
+def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[Any, Any], cache: Any) -> Drafter:
     if not isinstance(assistant_model, tuple | list) or len(assistant_model) != 2 or not hasattr(assistant_model[0], "apply"):
         raise ValueError(f"assistant_model is a pair (model, params), as from_pretrained returns it; found {type(assistant_model).__name__}")
     draft, params = assistant_model
     seq2seq = [("a decoder alone", "an encoder-decoder")[c.is_encoder_decoder] for c in (draft.config, model.config)]
     if seq2seq[0] != seq2seq[1]:
         raise ValueError(f"the assistant is {seq2seq[0]} and the model {seq2seq[1]}: they cannot read the same")
+    drafter = _draft_model(config, draft, params, shared=False)
+    if tokenizers[1] is not None:
+        if tokenizers[0] is None:
+            raise ValueError("assistant_tokenizer is one of two: pass tokenizer=, the model's own, too")
+        if model.config.is_encoder_decoder or cache is not None or config.assistant_ensemble_weight is not None:
+            raise ValueError(
+                "with two tokenizers drafts go through text: there is no encoder-decoder, no cache and no assistant_ensemble_weight with them"
+            )
+        return Given(drafter.num, columns=drafter.columns, heuristic=drafter.heuristic)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"the assistant has a vocabulary of {draft.config.vocab_size} tokens and the model of {model.config.vocab_size}: with two tokenizers "
-            "pass both, tokenizer= and assistant_tokenizer="
+            f"the assistant has a vocabulary of {draft.config.vocab_size} tokens and the model of {model.config.vocab_size}: with two "
+            "tokenizers pass both, tokenizer= and assistant_tokenizer="
         )
-    drafter = _draft_model(config, draft, params, shared=False)
     if model.config.is_encoder_decoder and cache is not None and recall(drafter, getattr(cache, "memory", None)) is None:
         raise ValueError("the cache holds what the model's encoder read and nothing of the assistant's: begin with this assistant_model")
     return drafter

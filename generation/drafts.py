@@ -30,6 +30,12 @@ def count(extra: Progress, kept: jax.Array, drafts: Drafts, **changes: Any) -> P
     )
 
 
+def scheduled(num: jax.Array, kept: jax.Array, drafts: Drafts, most: int) -> jax.Array:
+    """HF's heuristic: two more drafts [B] after a round in which all were right, else one less."""
+    changed = jnp.where(kept - 1 == drafts.counts, num + 2, jnp.maximum(num - 1, 1))
+    return jnp.where(kept > 0, jnp.minimum(changed, most), num)
+
+
 @struct.dataclass
 class PromptLookup:
     """What followed the first place in a row's tokens where its newest ones stand, `ngram` of them or else fewer; `num` drafts.
@@ -74,8 +80,7 @@ class DraftModel:
     """Up to `num` tokens of a model's own decoding, by the same processors, fewer after one with a probability below `threshold`.
 
     `shared`: the model is the first layers of that which checks, and writes into its cache. Otherwise it has a cache of its own, which
-    reads what the other one reads. `heuristic`: two more drafts after a round in which all were right, else one less. `logits`: whether
-    those of the drafts are wanted."""
+    reads what the other one reads. `heuristic`: see `scheduled`. `logits`: whether those of the drafts are wanted."""
 
     params: Any
     num: Any
@@ -130,10 +135,7 @@ class DraftModel:
         return drafts, state
 
     def settle(self, extra: Progress, tokens: jax.Array, kept: jax.Array, drafts: Drafts) -> Progress:
-        num = extra.num
-        if self.heuristic:
-            changed = jnp.where(kept - 1 == drafts.counts, num + 2, jnp.maximum(num - 1, 1))
-            num = jnp.where(kept > 0, jnp.minimum(changed, self.columns - 1), num)
+        num = scheduled(extra.num, kept, drafts, self.columns - 1) if self.heuristic else extra.num
         if self.shared:
             return count(extra, kept, drafts, num=num)
         cache = settle(self._read, extra.memory.cache, drafts.cache, tokens, kept)  # type: ignore[union-attr,arg-type]

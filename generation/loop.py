@@ -21,7 +21,7 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.cache import Cache, init_cache
-from jaxmodels.generation.assistants import ROUNDS, build_drafter, recall
+from jaxmodels.generation.assistants import ROUNDS, build_drafter, build_reencoder, recall
 from jaxmodels.generation.assisted import Assistance, Assisted, Memory, Progress
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
@@ -35,6 +35,7 @@ from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.strategies import build_strategy, check, contrastive
+from jaxmodels.generation.universal import Reencoder
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 
@@ -220,10 +221,13 @@ def generate(
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
             slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
         )  # fmt: skip
-        if streamer is None and (deadline is None or beams > 1):
+        reencode = None
+        if assistant_tokenizer is not None:
+            reencode = build_reencoder(config, assistant_model, (tokenizer, assistant_tokenizer), ids, real)  # type: ignore[arg-type]
+        if streamer is None and reencode is None and (deadline is None or beams > 1):
             state, report = decode(state, np.int32(limit))
         else:
-            state, report = _chunks(decode, state, report, limit, streamer, deadline)
+            state, report = _chunks(decode, state, report, limit, streamer, deadline, reencode)
         output = _output(ids, state, report, limit, pad)
     if not (config.output_hidden_states or config.output_attentions):
         return output
@@ -288,8 +292,11 @@ def _report(strategy: Strategy, state: State) -> Report:
     return Report(strategy.result(state), state.steps, strategy.done(state))
 
 
-def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any, deadline: float | None) -> tuple[State, Report]:
-    """The loop in chunks, until the deadline of time.perf_counter; a chunk runs while the streamer handles the one before."""
+def _chunks(
+    decode: Any, state: State, report: Report, limit: int, streamer: Any, deadline: float | None, reencode: Reencoder | None
+) -> tuple[State, Report]:
+    """The loop in chunks, until the deadline of time.perf_counter; a chunk runs while the streamer handles the one before. With a
+    reencoder a chunk is a round."""
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
@@ -300,6 +307,8 @@ def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any
             if going:
                 chunk = chunk * 2 if took < SMOOTH and 2 * took < left else max(chunk // 2, 1)
                 began = now
+                if reencode is not None:
+                    chunk, state = 1, reencode(state, result, limit)
                 state, report = decode(state, np.int32(min(new + chunk, limit)))
             for column in () if streamer is None else range(sent, new):
                 streamer.put(result.tokens[:, result.first + column])
