@@ -148,7 +148,7 @@ class Assisted:
         drafts, state = self.drafter.propose(self, state, live)
         tokens = jnp.concatenate([state.sequences.last()[0], drafts.tokens], 1)
         real = live[:, None] & (jnp.arange(T) <= drafts.counts[:, None])
-        logits, cache = forward(tokens, real, state.cache)
+        logits, cache = _forward(forward, tokens, real, state.cache)
         checked = self._check(state, logits, drafts, live)
         kept = checked.sequences.new - state.sequences.new
         extra = self.drafter.settle(state.extra, tokens, kept, drafts)
@@ -225,6 +225,16 @@ class Assisted:
         unread = jnp.ones(len(real), bool)
         tokens = jnp.where(real, begun, self.pad_token_id)
         return Result(tokens, real, jnp.int32(0), state.steps, (s.last()[0][:, 0], unread), assistance=assistance)
+
+
+def _forward(forward: Forward, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [B,T,V] after the real ones of tokens [B,T]. Where no row has a draft, one column is read: to CPUs that is a third of the work."""
+
+    def first(cache: Cache) -> tuple[jax.Array, Cache]:
+        logits, cache = forward(tokens[:, :1], real[:, :1], cache)
+        return jnp.pad(logits[:, None], ((0, 0), (0, tokens.shape[1] - 1), (0, 0))), cache
+
+    return lax.cond(real[:, 1:].any(), lambda cache: forward(tokens, real, cache), first, cache)
 
 
 def _place(state: State, live: jax.Array, records: jax.Array) -> jax.Array:
