@@ -88,12 +88,20 @@ def build_reencoder(config: Any, assistant_model: tuple[Any, Any], tokenizers: t
     draft, params = assistant_model
     eos = GenerationConfig.from_model_config(draft.config).eos_token_id
     drafter = dataclasses.replace(_draft_model(config, draft, params, shared=False), logits=False)
-    return Reencoder(drafter, eos, tokenizers, (config.target_lookbehind or 10, config.assistant_lookbehind or 10), [row[keep] for row, keep in zip(ids, real)])
+    return Reencoder(
+        drafter,
+        eos,
+        tokenizers,
+        (config.target_lookbehind or 10, config.assistant_lookbehind or 10),
+        [row[keep] for row, keep in zip(ids, real)],
+    )
 
 
 def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[Any, Any], cache: Any) -> Drafter:
     if not isinstance(assistant_model, tuple | list) or len(assistant_model) != 2 or not hasattr(assistant_model[0], "apply"):
-        raise ValueError(f"assistant_model is a pair (model, params), as from_pretrained returns it; found {type(assistant_model).__name__}")
+        raise ValueError(
+            f"assistant_model is a pair (model, params), as from_pretrained returns it; found {type(assistant_model).__name__}"
+        )
     draft, params = assistant_model
     seq2seq = [("a decoder alone", "an encoder-decoder")[c.is_encoder_decoder] for c in (draft.config, model.config)]
     if seq2seq[0] != seq2seq[1]:

@@ -17,6 +17,7 @@ from jaxmodels.generation.assisted import DRAFTS, Assisted, Drafts, Memory, Prog
 from jaxmodels.generation.processors_base import kind
 from jaxmodels.generation.sampling import State, argmax, reader
 
+
 def progress(num: Any, rows: int, memory: Memory | None = None, given: Drafts | None = None) -> Progress:
     none = jnp.zeros(rows, jnp.int32)
     return Progress(memory, jnp.full(rows, num, jnp.int32), given, jnp.int32(0), none, none)

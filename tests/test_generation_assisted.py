@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from generation_fixtures import LENGTHS, VOCAB, T, compilations, ours, prompts, torch_greedy, torch_model
+from generation_fixtures import VOCAB, T, compilations, ours, prompts, torch_greedy, torch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats

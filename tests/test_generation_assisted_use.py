@@ -46,7 +46,7 @@ def test_functions_of_the_callers_see_every_row_as_it_is():
         return range(3 + len(said) % 2, VOCAB, 2)
 
     options = {"prefix_allowed_tokens_fn": allowed, "logits_processor": [lambda ids, scores: scores * 1.5], "max_new_tokens": 12}
-    options |= {"stopping_criteria": [lambda ids, scores: (ids[:, -1] % 7 == 0)], "eos_token_id": NEVER}
+    options |= {"stopping_criteria": [lambda ids, scores: ids[:, -1] % 7 == 0], "eos_token_id": NEVER}
     want = generate(*ours(), ids[1:3], mask[1:3], **options)
     assert lengths == {(row, T + n) for row in range(2) for n in range(want.lengths.max())}
     for way in WAYS[:2]:
@@ -102,9 +102,9 @@ def test_under_jit_and_over_devices():
     drafts = draft()[1]
     run = jax.jit(lambda params, drafts, ids, mask, sure: generate(model, params, ids, mask, max_new_tokens=20, eos_token_id=NEVER, assistant_model=(model, drafts), num_assistant_tokens=5, assistant_confidence_threshold=sure).sequences)  # fmt: skip
     np.testing.assert_array_equal(run(params, drafts, ids, mask, 0.1), want)
-    rules = Rules.replicated(make_mesh({"data": 4}, jax.devices()[:4]))
-    spread = model.clone(rules=rules)
-    out = generate(spread, params, ids, mask, max_new_tokens=20, eos_token_id=NEVER, prompt_lookup_num_tokens=5)
+    rules = Rules.preset("fsdp+tensor", make_mesh(jax.devices()[:4], fsdp=2, tensor=2))
+    spread = jax.device_put(params, rules.param_shardings(model))
+    out = generate(model.clone(rules=rules), spread, ids, mask, max_new_tokens=20, eos_token_id=NEVER, prompt_lookup_num_tokens=5)
     np.testing.assert_array_equal(out.sequences, want)
 
 
