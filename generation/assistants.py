@@ -15,7 +15,7 @@ from jaxmodels.generation.processors_base import to_float, to_int
 from jaxmodels.generation.universal import Given, Reencoder
 
 ROUNDS = 2  # the columns of so many rounds are room for what a batch's rows reject, before the cache is compacted
-DEFAULTS = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
+DEFAULTS: dict[str, Any] = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
 
 
 def build_drafter(
@@ -88,20 +88,14 @@ def build_reencoder(config: Any, assistant_model: tuple[Any, Any], tokenizers: t
     draft, params = assistant_model
     eos = GenerationConfig.from_model_config(draft.config).eos_token_id
     drafter = dataclasses.replace(_draft_model(config, draft, params, shared=False), logits=False)
-    return Reencoder(
-        drafter,
-        eos,
-        tokenizers,
-        (config.target_lookbehind or 10, config.assistant_lookbehind or 10),
-        [row[keep] for row, keep in zip(ids, real)],
-    )
+    lookbehind = (config.target_lookbehind or 10, config.assistant_lookbehind or 10)
+    return Reencoder(drafter, eos, tokenizers, lookbehind, [row[keep] for row, keep in zip(ids, real)])
 
 
 def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[Any, Any], cache: Any) -> Drafter:
     if not isinstance(assistant_model, tuple | list) or len(assistant_model) != 2 or not hasattr(assistant_model[0], "apply"):
-        raise ValueError(
-            f"assistant_model is a pair (model, params), as from_pretrained returns it; found {type(assistant_model).__name__}"
-        )
+        found = type(assistant_model).__name__
+        raise ValueError(f"assistant_model is a pair (model, params), as from_pretrained returns it; found {found}")
     draft, params = assistant_model
     seq2seq = [("a decoder alone", "an encoder-decoder")[c.is_encoder_decoder] for c in (draft.config, model.config)]
     if seq2seq[0] != seq2seq[1]:
@@ -112,7 +106,7 @@ def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[
             raise ValueError("assistant_tokenizer is one of two: pass tokenizer=, the model's own, too")
         if model.config.is_encoder_decoder or cache is not None or config.assistant_ensemble_weight is not None:
             raise ValueError(
-                "with two tokenizers drafts go through text: there is no encoder-decoder, no cache and no assistant_ensemble_weight with them"
+                "with two tokenizers drafts go through text: not with an encoder-decoder, a cache or assistant_ensemble_weight"
             )
         return Given(drafter.num, columns=drafter.columns, heuristic=drafter.heuristic)
     if draft.config.vocab_size != model.config.vocab_size:
@@ -127,8 +121,8 @@ def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[
 
 def _draft_model(config: Any, model: Any, params: Any, shared: bool) -> DraftModel:
     own = GenerationConfig.from_model_config(model.config)
-    choose = lambda name: next(c for c in (getattr(config, name), getattr(own, name), DEFAULTS[name]) if c is not None)
-    num, schedule, threshold = map(choose, DEFAULTS)
+    choose = lambda name, default: next((c for c in (getattr(config, name), getattr(own, name)) if c is not None), default)
+    num, schedule, threshold = (choose(name, default) for name, default in DEFAULTS.items())
     heuristic = schedule != "constant"
     wanted = bool(config.do_sample) or config.assistant_ensemble_weight is not None
     return DraftModel(

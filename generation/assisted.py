@@ -45,11 +45,11 @@ class Ragged(Sequences):
 
 @struct.dataclass
 class Drafts:
-    """`tokens` [B,K], of which a row's first `counts` [B] are meant. `logits` [B,K,V] float32: what they were drawn by, after the
+    """`tokens` [B,K], of which a row's first `counts` [B] are meant, int32. `logits` [B,K,V] float32: what they were drawn by, after the
     processors; None where nobody asks. `cache`: of a draft model that has read the row's newest token and its drafts."""
 
-    tokens: jax.Array
-    counts: jax.Array
+    tokens: Any
+    counts: Any
     logits: jax.Array | None = None
     cache: Cache | None = None
 
@@ -209,8 +209,8 @@ class Assisted:
         return draw_at(uniforms(self.keys(new, salt)), logits)
 
     def keys(self, new: jax.Array, salt: int | None = None) -> jax.Array:
-        key = self.key if salt is None else jax.random.fold_in(self.key, salt)  # type: ignore[arg-type]
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, new)
+        key: Any = self.key
+        return jax.vmap(jax.random.fold_in, (None, 0))(key if salt is None else jax.random.fold_in(key, salt), new)
 
     def done(self, state: State) -> jax.Array:
         return (state.finished | (state.sequences.new >= self.limit)).all()
@@ -228,7 +228,7 @@ class Assisted:
 
 
 def _forward(forward: Forward, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits [B,T,V] after the real ones of tokens [B,T]. Where no row has a draft, one column is read: to CPUs that is a third of the work."""
+    """Logits [B,T,V] after the real ones of tokens [B,T]. Where no row has a draft, one column is read, to a CPU a third of the work."""
 
     def first(cache: Cache) -> tuple[jax.Array, Cache]:
         logits, cache = forward(tokens[:, :1], real[:, :1], cache)

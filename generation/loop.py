@@ -150,8 +150,8 @@ def generate(
     -> ids`; mask_fn: `(input_ids [B,T]) -> allowed [B,V]`. Another function compiles nothing. negative_prompt_ids [B,T']: what
     guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing. grammar: what the
     generated text of every row must be; see Grammar. assistant_model: (model, params) that drafts tokens for this one to check, with
-    tokenizer and assistant_tokenizer where the two have different ones. output_hidden_states and output_attentions are of the returned sequences, and read
-    after the loop; see read_states.
+    tokenizer and assistant_tokenizer where the two have different ones. output_hidden_states and output_attentions are of the returned
+    sequences, and read after the loop; see read_states.
 
     Of an encoder-decoder model input_ids and attention_mask are the encoder's, read once; the sequences are the decoder's. They begin with
     decoder_start_token_id, perhaps followed by decoder_input_ids [B,T]. With a cache, which holds what the encoder read, input_ids is None.
@@ -195,7 +195,7 @@ def generate(
     enable_compilation_cache()
 
     if isinstance(cache, TurnCache):
-        cache = cache.replace(memory=recall(drafter, cache.memory))
+        cache = cache.replace(memory=recall(drafter, cache.memory))  # type: ignore[attr-defined]
     unread = int(isinstance(cache, TurnCache))
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
@@ -268,9 +268,9 @@ def _prefill(
         cache = cache.take(rows)
     wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
     sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0)).follow(followers)
-    records = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
+    scores, logits = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
     extra = strategy.drafter.begin(ids, real, source, memory, slots) if isinstance(strategy, Assisted) else None
-    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records, extra), seen)
+    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), scores, logits, extra), seen)
     return state, _report(strategy, state)
 
 

@@ -88,7 +88,7 @@ class Reencoder:
         return reencode(drafted, self.assistant, self.target) if found is None else found
 
     def _draft(self, ids: list[list[int]], live: np.ndarray, num: np.ndarray, limit: int) -> list[list[int]]:
-        """Up to num [B] tokens after each row; what the assistant has read before, it need not read again. Room is made for `limit` more."""
+        """Up to num [B] tokens after each row. What the assistant has read before, it need not read again; room is for `limit` more."""
         from jaxmodels.generation.loop import bucket
 
         same = [common(old, new[:-1]) for old, new in zip(self.read, ids)] if self.memory is not None else [0] * len(ids)
@@ -102,8 +102,7 @@ class Reencoder:
         drafts = _draft(self.drafter, self.memory, np.array(same, np.int32), wide, real, self.eos, live, num, slots=slots)
         tokens, counts = jax.device_get((drafts.tokens, drafts.counts))
         found = [row[:n].tolist() for row, n in zip(tokens, counts)]
-        forgets = not drafts.cache.recurrent and not any(isinstance(s, SlidingKV) for s in drafts.cache.layers)
-        if forgets:
+        if not drafts.cache.recurrent and not any(isinstance(s, SlidingKV) for s in drafts.cache.layers):
             self.memory, self.read = Memory(drafts.cache, self.drafter.model), [row + more for row, more in zip(ids, found)]
         return found
 
@@ -116,9 +115,8 @@ def _draft(
     """Drafts after `ids` [B,P] that follow the first same [B] tokens of what `memory` holds."""
     if memory is not None:
         memory = memory.replace(cache=memory.cache.rewind(same, memory.cache.index).compact())
-    extra = dataclasses.replace(drafter.begin(ids[:, :-1], real[:, :-1], None, memory, slots), num=num)
-    sequences = Ragged.begin(Sequences.of(ids, real))
-    state: Any = State(sequences, extra.memory.cache, ~live, None, None, extra)
+    extra: Any = dataclasses.replace(drafter.begin(ids[:, :-1], real[:, :-1], None, memory, slots), num=num)
+    state = State(Ragged.begin(Sequences.of(ids, real)), extra.memory.cache, ~live, None, None, extra)
     assisted = Assisted((), eos, np.int32(0), None, np.int32(np.iinfo(np.int32).max), None, drafter)
     return drafter.propose(assisted, state, live)[0]
 

@@ -50,18 +50,22 @@ def forms(scan_layers=False):
 
 @functools.cache
 def family(name, scan_layers):
-    shared = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 65, "pad_token_id": 0}
-    deep = {**shared, "num_hidden_layers": 3, "intermediate_size": 24, "num_key_value_heads": 2}
-    module, classes, options = {
-        "mistral": (mistral, ("MistralForCausalLM", "MistralConfig"), {**deep, "sliding_window": 5}),
-        "gemma2": (gemma2, ("Gemma2ForCausalLM", "Gemma2Config"), {**deep, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 20}),
-        "gpt2": (gpt2, ("GPT2LMHeadModel", "GPT2Config"), {**shared, "num_hidden_layers": 3, "max_position_embeddings": 128}),
-        "mamba": (mamba, ("MambaForCausalLM", "MambaConfig"), {k: v for k, v in shared.items() if k != "num_attention_heads"} | {"num_hidden_layers": 2, "state_size": 4}),
-        "jamba": (jamba, ("JambaForCausalLM", "JambaConfig"), {**deep, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}),
-        "recurrent_gemma": (recurrent_gemma, ("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig"), {**deep, "num_key_value_heads": 1, "attention_window_size": 9, "lru_width": 16}),
-        "t5": (t5, ("T5ForConditionalGeneration", "T5Config"), {**shared, "num_hidden_layers": 2, "head_dim": 8, "d_ff": 40, "decoder_start_token_id": 0}),
-    }[name]  # fmt: skip
-    model = getattr(module, classes[0])(getattr(module, classes[1])(**options), scan_layers=scan_layers)
+    shared = {"vocab_size": 60, "hidden_size": 16, "bos_token_id": 1, "eos_token_id": 65, "pad_token_id": 0}
+    heads = {**shared, "num_attention_heads": 4}
+    deep = {**heads, "num_hidden_layers": 4, "intermediate_size": 24, "num_key_value_heads": 2}
+    griffin = {"num_key_value_heads": 1, "attention_window_size": 9, "lru_width": 16}
+    mixed = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+    module, prefix, options = {
+        "mistral": (mistral, "Mistral", {**deep, "num_hidden_layers": 3, "sliding_window": 5}),
+        "gemma2": (gemma2, "Gemma2", {**deep, "head_dim": 8, "sliding_window": 20}),
+        "gpt2": (gpt2, "GPT2", {**heads, "num_hidden_layers": 3, "max_position_embeddings": 128}),
+        "mamba": (mamba, "Mamba", {**shared, "num_hidden_layers": 2, "state_size": 4}),
+        "jamba": (jamba, "Jamba", {**deep, **mixed}),
+        "recurrent_gemma": (recurrent_gemma, "RecurrentGemma", {**deep, **griffin}),
+        "t5": (t5, "T5", {**heads, "num_hidden_layers": 2, "head_dim": 8, "d_ff": 40, "decoder_start_token_id": 0}),
+    }[name]
+    head = {"gpt2": "LMHeadModel", "t5": "ForConditionalGeneration"}.get(name, "ForCausalLM")
+    model = getattr(module, prefix + head)(getattr(module, prefix + "Config")(**options), scan_layers=scan_layers)
     return model, noisy(init_params(model, jax.random.key(0)), 0.15)
 
 
@@ -105,7 +109,8 @@ def test_families_say_what_they_say_alone(name, scan_layers):
 def test_options_vary_and_nothing_compiles(way):
     """Any values of the options that are active, against plain greedy decoding with them."""
     ids, mask = prompts()
-    always = {"repetition_penalty": 1.0001, "no_repeat_ngram_size": 50, "min_new_tokens": 1, "exponential_decay_length_penalty": (90, 1.1), "max_new_tokens": 24, "begin_suppress_tokens": [5]}  # fmt: skip
+    always = {"repetition_penalty": 1.0001, "no_repeat_ngram_size": 50, "min_new_tokens": 1, "exponential_decay_length_penalty": (90, 1.1)}
+    always |= {"max_new_tokens": 24, "begin_suppress_tokens": [5]}
     call = functools.partial(generate, *ours(True), ids[1:], mask[1:])
     call(**always, eos_token_id=NEVER)
     call(**always, eos_token_id=NEVER, **forms(True)[way])
@@ -193,7 +198,8 @@ def rounds_of(row, assistant=None, **options):
     ids = torch.tensor(np.asarray(row))[None]
     try:
         with torch.no_grad():
-            out = torch_model().generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, assistant_model=assistant, **options)  # fmt: skip
+            options |= {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+            out = torch_model().generate(ids, assistant_model=assistant, **options)
     finally:
         hook.remove()
     return out[0, ids.shape[1] :].tolist(), len(seen), sum(seen) - ids.shape[1] - len(seen) + 1
