@@ -106,8 +106,8 @@ def options(_: Any, model: Any, params: Any, rounds: int) -> None:
 
 
 def assisted(theirs: Any, model: Any, params: Any, rounds: int) -> None:
-    """Drafts against our own plain greedy decoding, 64 new tokens. The prompt is 24 tokens said four times; a random model with tied embeddings
-    goes on with one token again and again, and so do its first layers, of which the draft model has a tenth."""
+    """Drafts against our own plain greedy decoding, 64 new tokens. The prompt is 24 tokens said four times; a random model with tied
+    embeddings goes on with one token again and again, and so do its first layers, a tenth of which the draft model has."""
     prompt = np.tile(ids(1, 24), 4)
     short = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=3))
     layers = {str(i): params["model"]["layers"][str(i)] for i in range(3)}

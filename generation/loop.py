@@ -254,7 +254,7 @@ def _prefill(
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([cache.token[:, None], ids], 1)
         real = jnp.concatenate([cache.unread[:, None], real], 1)
-        cache, memory = cache.plain(), cache.memory
+        memory, cache = cache.memory, cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
     forward = _forward(model, params, strategy, source)
