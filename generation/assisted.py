@@ -224,7 +224,7 @@ class Assisted:
         assistance = Assistance(extra.rounds, extra.drafted, extra.accepted, extra.num)
         unread = jnp.ones(len(real), bool)
         tokens = jnp.where(real, begun, self.pad_token_id)
-        return Result(tokens, real, jnp.int32(0), state.steps, (s.last()[0][:, 0], unread), assistance=assistance)
+        return Result(tokens, real, jnp.int32(0), s.new.max(), (s.last()[0][:, 0], unread), assistance=assistance)
 
 
 def _forward(forward: Forward, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

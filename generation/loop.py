@@ -300,8 +300,8 @@ def _chunks(
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
-            result, done = jax.device_get((report.result, report.done))
-            new, now = result.new, time.perf_counter()
+            result, new, done = jax.device_get((report.result, report.steps, report.done))
+            now = time.perf_counter()
             left = math.inf if deadline is None else deadline - now
             took, going = now - began, not done and new < limit and left > 0
             if going:
@@ -333,7 +333,7 @@ def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> Gen
     else:
         xp = np  # slices of another length would each compile a program
         result, steps, records = jax.device_get((report.result, report.steps, (state.scores, state.logits)))
-        n = result.new
+        n, steps = result.new, max(steps, result.new)
     columns = result.first + np.arange(n)
     tokens = xp.where(np.arange(n) < result.new, result.tokens.take(columns, 1), pad)
     lengths = result.real.take(columns, 1).sum(1, dtype=np.int32)

@@ -61,8 +61,11 @@ def test_watermark_and_time_limit():
     options = {"do_sample": True, "key": jax.random.key(2), "max_new_tokens": 20, "watermarking_config": mark, "eos_token_id": NEVER}
     want, got = (generate(*ours(), ids, mask, **options, **more) for more in ({}, forms()["lookup"]))
     np.testing.assert_array_equal(got.sequences, want.sequences)
-    out = generate(*ours(), ids, mask, max_new_tokens=700, max_time=0.3, eos_token_id=NEVER, **forms()["lookup"])
-    assert T < out.sequences.shape[1] < T + 700
+    options = {"max_new_tokens": 700, "eos_token_id": NEVER}
+    out = generate(*ours(), ids, mask, max_time=0.3, **options, **forms()["lookup"])
+    assert T < out.sequences.shape[1] == T + out.lengths.max() < T + 700
+    for row, n in enumerate(out.lengths):
+        assert out.sequences[row, T : T + min(n, 40)].tolist() == torch_greedy(row)[:n] and not out.sequences[row, T + n :].any()
 
 
 @pytest.mark.parametrize(("way", "scan_layers"), [("lookup", False), ("draft", False), ("exit", True)])
