@@ -156,8 +156,7 @@ class Assisted:
 
     def _check(self, state: State, logits: jax.Array, drafts: Drafts, live: jax.Array) -> State:
         """Append to every live row the drafts that the logits [B,T,V] confirm and one token more."""
-        end = lambda x: jnp.pad(x, ((0, 0), (0, 1)))
-        padded, rows = end(drafts.tokens), jnp.arange(len(live))
+        padded, rows = jnp.pad(drafts.tokens, ((0, 0), (0, 1))), jnp.arange(len(live))
 
         def body(carry: Any) -> Any:
             i, state, live = carry
@@ -168,7 +167,8 @@ class Assisted:
             token, confirmed = self._choose(scores, draft, proposed, q, state.sequences.new)
             longer = state.sequences.append(token, live)
             ends = live & ((token[:, None] == self.eos_token_id).any(-1) | longer.stopped())
-            note = lambda records, new: None if records is None else records.at[_place(state, live, records), rows].set(new, mode="drop")
+            place = jnp.where(live, state.sequences.new, jnp.iinfo(jnp.int32).max)
+            note = lambda records, new: None if records is None else records.at[place, rows].set(new, mode="drop")
             state = dataclasses.replace(
                 state,
                 sequences=longer,
@@ -235,11 +235,6 @@ def _forward(forward: Forward, tokens: jax.Array, real: jax.Array, cache: Cache)
         return jnp.pad(logits[:, None], ((0, 0), (0, tokens.shape[1] - 1), (0, 0))), cache
 
     return lax.cond(real[:, 1:].any(), lambda cache: forward(tokens, real, cache), first, cache)
-
-
-def _place(state: State, live: jax.Array, records: jax.Array) -> jax.Array:
-    """Where in records [N,B,V] the rows' next tokens go; behind them for the others."""
-    return jnp.where(live, state.sequences.new, len(records))
 
 
 def roomy(cache: Cache, columns: int) -> Cache:

@@ -96,7 +96,8 @@ class DraftModel:
     def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Memory | None, slots: int) -> Progress:
         if self.shared:
             return progress(self.num, len(ids))
-        cache = init_cache(self.model, len(ids), slots) if memory is None else memory.cache.resize(slots)
+        # compact: the other cache may have been, and `slots` are made for its index
+        cache = init_cache(self.model, len(ids), slots) if memory is None else memory.cache.compact().resize(slots)
         cache = reader(self.model, self.params, source)(ids, real, cache, logits_to_keep=1).cache
         return progress(self.num, len(ids), Memory(cache.spare(self.columns), self.model))
 

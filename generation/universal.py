@@ -114,7 +114,7 @@ def _draft(
 ) -> Drafts:  # fmt: skip
     """Drafts after `ids` [B,P] that follow the first same [B] tokens of what `memory` holds."""
     if memory is not None:
-        memory = memory.replace(cache=memory.cache.rewind(same, memory.cache.index).compact())
+        memory = memory.replace(cache=memory.cache.rewind(same, memory.cache.index))
     extra: Any = dataclasses.replace(drafter.begin(ids[:, :-1], real[:, :-1], None, memory, slots), num=num)
     state = State(Ragged.begin(Sequences.of(ids, real)), extra.memory.cache, ~live, None, None, extra)
     assisted = Assisted((), eos, np.int32(0), None, np.int32(np.iinfo(np.int32).max), None, drafter)

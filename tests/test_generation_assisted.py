@@ -211,12 +211,13 @@ def rounds_of(row, assistant=None, **options):
         {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0},
         {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0},
         {"num_assistant_tokens": 6, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.6},
+        {"num_assistant_tokens": 4, "assistant_ensemble_weight": 0.4, "assistant_confidence_threshold": 0.0},
     ],
     ids=str,
 )
 def test_a_draft_model_drafts_as_in_transformers(options):
     """Rounds and drafts. transformers drafts before it has read the prompt: it begins where our first token is said."""
-    assistant = torch_draft()
+    assistant, weight = torch_draft(), {name: value for name, value in options.items() if name == "assistant_ensemble_weight"}
     for name, value in options.items():
         setattr(assistant.generation_config, name, value)
     if transformers.utils.is_sklearn_available() and options["assistant_confidence_threshold"]:
@@ -225,7 +226,7 @@ def test_a_draft_model_drafts_as_in_transformers(options):
     out = generate(*ours(), ids, mask, max_new_tokens=32, eos_token_id=NEVER, assistant_model=draft(), **options)
     for row in range(1, 4):
         prompt = [*ids[row][mask[row] == 1], torch_greedy(row)[0]]
-        tokens, rounds, drafted = rounds_of(prompt, assistant, max_new_tokens=31)
+        tokens, rounds, drafted = rounds_of(prompt, assistant, max_new_tokens=31, **weight)
         assert out.sequences[row, T + 1 :].tolist() == tokens
         assert (out.assistance.drafted[row], out.assistance.accepted[row]) == (drafted, 31 - rounds)
 
