@@ -7,6 +7,7 @@ A ratio is torch's time over ours, both taken in turn in one process: above 1 ja
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
 import warnings
@@ -104,12 +105,42 @@ def options(_: Any, model: Any, params: Any, rounds: int) -> None:
             print(f"| {name}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
 
 
+def assisted(theirs: Any, model: Any, params: Any, rounds: int) -> None:
+    """Drafts against our own plain greedy decoding, 64 new tokens. The prompt is 24 tokens said four times; a random model with tied
+    embeddings goes on with one token again and again, and so do its first layers, a tenth of which the draft model has."""
+    prompt = np.tile(ids(1, 24), 4)
+    short = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=3))
+    layers = {str(i): params["model"]["layers"][str(i)] for i in range(3)}
+    draft = (short, {**params, "model": {**params["model"], "layers": layers}})
+    options = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 1}
+    ways = {
+        "prompt lookup, 7 drafts": {"prompt_lookup_num_tokens": 7},
+        "prompt lookup, 15 drafts": {"prompt_lookup_num_tokens": 15},
+        "draft model of 3 layers, 7 drafts": {
+            "assistant_model": draft,
+            "num_assistant_tokens": 7,
+            "assistant_confidence_threshold": 0.0,
+        },
+    }
+    found = {}
+
+    def run(name: str, more: Any) -> None:
+        found[name] = jm.generate(model, params, prompt, np.ones_like(prompt), **options, **more)
+
+    times = paired({name: partial(run, name, more) for name, more in {"greedy": {}, **ways}.items()}, rounds)
+    for name in ways:
+        out, same = found[name], np.array_equal(found[name].sequences, found["greedy"].sequences)
+        said = f"{name}, {int(out.assistance.rounds)} rounds, tokens {'equal' if same else 'DIFFER'}"
+        greedy, ours = times["greedy"], times[name]
+        print(f"| {said} | greedy: {NEW / greedy:.1f} | {NEW / ours:.1f} | tokens/s | {greedy / ours:.2f} |", flush=True)
+
+
 def row(name: str, times: dict[str, float], work: float) -> None:
     torch_s, ours = times["torch"], times["jaxmodels"]
     print(f"| {name} | {work / torch_s:.1f} | {work / ours:.1f} | tokens/s | {torch_s / ours:.2f} |", flush=True)
 
 
-JOBS = {"beam": beam, "reorder": reorder, "options": options}
+JOBS = {"beam": beam, "reorder": reorder, "options": options, "assisted": assisted}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Text generation inside jit: HF's `generate`, its options and processors."""
 
+from jaxmodels.generation.assisted import Assistance, Assisted
 from jaxmodels.generation.beam import BeamSearch
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
@@ -7,6 +8,7 @@ from jaxmodels.generation.constraints import ConstrainedBeamSearch, DisjunctiveC
 from jaxmodels.generation.contrastive import ContrastiveSearch
 from jaxmodels.generation.diverse import DiverseBeamSearch
 from jaxmodels.generation.dola import DoLa
+from jaxmodels.generation.drafts import DraftModel, PromptLookup
 from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.loop import GenerateOutput, TurnCache, bucket, generate
@@ -47,12 +49,15 @@ from jaxmodels.generation.streamers import TextIteratorStreamer, TextStreamer
 from jaxmodels.generation.watermark import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkDetectorOutput, WatermarkingConfig
 
 __all__ = [
+    "Assistance",
+    "Assisted",
     "BeamSearch",
     "ConstrainedBeamSearch",
     "ContrastiveSearch",
     "DisjunctiveConstraint",
     "DiverseBeamSearch",
     "DoLa",
+    "DraftModel",
     "EncoderNoRepeatNGram",
     "EncoderRepetitionPenalty",
     "EpsilonCutoff",
@@ -73,6 +78,7 @@ __all__ = [
     "NoRepeatNGram",
     "Normalize",
     "PhrasalConstraint",
+    "PromptLookup",
     "RemoveInvalid",
     "RepetitionPenalty",
     "Sampling",

@@ -24,8 +24,6 @@ FILE_NAME = "generation_config.json"
 # Options of HF's that `generate` does not follow yet, and the values at which they do nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
     "speculation_type": (None,),
     "cache_implementation": (None, "dynamic", "static", "hybrid"),
 }
@@ -35,6 +33,7 @@ SAMPLING_ONLY = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 BEAMS_ONLY = {"early_stopping": False, "length_penalty": 1.0}
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 # value -> what it must be, where the option is set
@@ -84,6 +83,15 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "penalty_alpha": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "dola_layers": (lambda x: x in ("low", "high") or (isinstance(x, tuple) and all(map(_whole, x))), "'low', 'high' or a list of layers"),
     "num_return_sequences": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "num_assistant_tokens": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "num_assistant_tokens_schedule": (lambda x: x in SCHEDULES, f"one of {', '.join(map(repr, SCHEDULES))}"),
+    "assistant_confidence_threshold": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    "assistant_ensemble_weight": (lambda x: _real(x) and 0 < x < 1, "a number between 0 and 1"),
+    "assistant_early_exit": (lambda x: _whole(x) and x > 0, "an integer above 0: a number of layers"),
+    "assistant_lookbehind": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "target_lookbehind": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "prompt_lookup_num_tokens": (lambda x: _whole(x) and x > 0, "an integer above 0"),
+    "max_matching_ngram_size": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "output_scores": (lambda x: isinstance(x, bool), "True or False"),
     "output_logits": (lambda x: isinstance(x, bool), "True or False"),
     "pad_token_id": (lambda x: _whole(x), "an integer"),

@@ -159,7 +159,7 @@ def _call(number: Any, tokens: Any, width: Any, length: Any, use: Callable[[Call
     if number in _errors:
         return otherwise
     try:
-        return use(_functions[number], np.asarray(tokens)[:, int(width) - int(length) : int(width)])
+        return use(_functions[number], np.asarray(tokens)[:, int(width) - int(np.max(length)) : int(width)])
     except BaseException as error:
         _errors[number] = error
         return otherwise
@@ -188,9 +188,9 @@ def _prefix(number: Any, tokens: Any, width: Any, length: Any, vocab: Any, beams
     shape = (tokens.shape[0], int(vocab))
 
     def use(function: Callable[..., Any], ids: np.ndarray) -> np.ndarray:
-        mask = np.zeros(shape, bool)
+        mask, lengths = np.zeros(shape, bool), np.broadcast_to(length, len(ids))
         for row in range(len(ids)):
-            allowed = np.asarray(function(row // int(beams), ids[row]), np.int64).reshape(-1)
+            allowed = np.asarray(function(row // int(beams), ids[row, ids.shape[1] - int(lengths[row]) :]), np.int64).reshape(-1)
             if not len(allowed):
                 raise ValueError(f"prefix_allowed_tokens_fn allows no token after {ids[row].tolist()} in row {row // int(beams)}")
             mask[row, allowed] = True

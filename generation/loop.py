@@ -21,6 +21,8 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.cache import Cache, init_cache
+from jaxmodels.generation.assistants import ROUNDS, build_drafter, build_reencoder, recall
+from jaxmodels.generation.assisted import Assistance, Assisted, Memory, Progress
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.grammar import Grammar, GrammarMask
@@ -28,11 +30,12 @@ from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, 
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
-from jaxmodels.generation.sampling import Forward, Result, State, Strategy
+from jaxmodels.generation.sampling import Forward, Result, State, Strategy, reader
 from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.strategies import build_strategy, check, contrastive
+from jaxmodels.generation.universal import Reencoder
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 
@@ -42,24 +45,25 @@ SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
 
 class TurnCache(Cache, kw_only=True):
     """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
-    `generate` with this cache does so first, a loop of one's own must."""
+    `generate` with this cache does so first, a loop of one's own must. `memory`: what a draft model has read."""
 
     token: jax.Array
     unread: jax.Array
+    memory: Memory | None = None
 
     def advance(self, positions: jax.Array) -> Cache:
         return self.plain().advance(positions)  # whoever calls the model decides what it reads
 
     def take(self, rows: jax.Array) -> TurnCache:
         taken = self.plain().take(rows)
-        return _turn(taken, self.token[rows], self.unread[rows])
+        return _turn(taken, self.token[rows], self.unread[rows], None if self.memory is None else self.memory.take(rows))
 
     def plain(self) -> Cache:
         return Cache(self.layers, self.positions, self.index)
 
 
-def _turn(cache: Cache, token: jax.Array, unread: jax.Array) -> TurnCache:
-    return TurnCache(cache.layers, cache.positions, cache.index, token=token, unread=unread)
+def _turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | None = None) -> TurnCache:
+    return TurnCache(cache.layers, cache.positions, cache.index, token=token, unread=unread, memory=memory)
 
 
 @struct.dataclass
@@ -67,7 +71,8 @@ class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
     next turn; None after beam search, whose rows hold other hypotheses. `lengths` [B*R] int32: new tokens of each row, its
-    end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams."""
+    end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams.
+    `assistance`: how drafts did, of assisted decoding."""
 
     sequences: Any
     scores: Any = None
@@ -76,6 +81,7 @@ class GenerateOutput(ModelOutput):
     lengths: Any = None
     sequences_scores: Any = None
     beam_indices: Any = None
+    assistance: Assistance | None = None
     hidden_states: Any = None
     attentions: Any = None
 
@@ -128,6 +134,8 @@ def generate(
     negative_prompt_attention_mask: Any = None,
     tokenizer: Any = None,
     grammar: Grammar | None = None,
+    assistant_model: tuple[Any, Any] | None = None,
+    assistant_tokenizer: Any = None,
     **overrides: Any,
 ) -> GenerateOutput:
     """Continue input_ids [B,T]: HF's `generate`, greedy or, with do_sample=True, sampling.
@@ -141,8 +149,9 @@ def generate(
     `(input_ids [B,T], scores [B,V]) -> scores` and `(input_ids, None) -> bool [B]`. prefix_allowed_tokens_fn: `(batch_id, input_ids [T])
     -> ids`; mask_fn: `(input_ids [B,T]) -> allowed [B,V]`. Another function compiles nothing. negative_prompt_ids [B,T']: what
     guidance_scale leads away from, without it the prompt's last token. tokenizer: for stop_strings and token_healing. grammar: what the
-    generated text of every row must be; see Grammar. output_hidden_states and output_attentions are of the returned sequences, and read
-    after the loop; see read_states.
+    generated text of every row must be; see Grammar. assistant_model: (model, params) that drafts tokens for this one to check, with
+    tokenizer and assistant_tokenizer where the two have different ones. output_hidden_states and output_attentions are of the returned
+    sequences, and read after the loop; see read_states.
 
     Of an encoder-decoder model input_ids and attention_mask are the encoder's, read once; the sequences are the decoder's. They begin with
     decoder_start_token_id, perhaps followed by decoder_input_ids [B,T]. With a cache, which holds what the encoder read, input_ids is None.
@@ -154,6 +163,7 @@ def generate(
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
     check(config, model.config, streamer)
+    drafter = build_drafter(config, model, params, assistant_model, (tokenizer, assistant_tokenizer), cache)
     if config.output_hidden_states or config.output_attentions:
         check_states(model.config, cache)
     if config.token_healing:
@@ -184,10 +194,13 @@ def generate(
         stops = (grammar, *stops)
     enable_compilation_cache()
 
+    if isinstance(cache, TurnCache):
+        cache = cache.replace(memory=recall(drafter, cache.memory))  # type: ignore[attr-defined]
     unread = int(isinstance(cache, TurnCache))
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
-    slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots)
+    room = limit - (not contrastive(config)) + (0 if drafter is None else ROUNDS * drafter.columns)
+    slots = max(bucket(used + P + room), 0 if cache is None else cache.slots)
     widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
     source = None if source is None else tuple(widen(x, bucket(x.shape[1])) for x in source)
@@ -201,35 +214,31 @@ def generate(
             config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,
             allowed=own.allowed if grammar is None else (GrammarMask(eos), *own.allowed), vocab_size=model.config.vocab_size,
         )  # fmt: skip
-        strategy = build_strategy(config, model.config, processors, eos, pad, key, limit, bucket(limit))
+        strategy = build_strategy(config, model.config, processors, eos, pad, key, limit, bucket(limit), drafter)
         decode = partial(_decode, model, params, strategy)
         state, report = _prefill(
             model, params, strategy, ids_wide, real_wide, source, cache, np.int32(T),
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
             slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
         )  # fmt: skip
-        if streamer is None and (deadline is None or beams > 1):
+        reencode = None
+        if assistant_tokenizer is not None:
+            reencode = build_reencoder(config, assistant_model, (tokenizer, assistant_tokenizer), ids, real)  # type: ignore[arg-type]
+        if streamer is None and reencode is None and (deadline is None or beams > 1):
             state, report = decode(state, np.int32(limit))
         else:
-            state, report = _chunks(decode, state, report, limit, streamer, deadline)
+            state, report = _chunks(decode, state, report, limit, streamer, deadline, reencode)
         output = _output(ids, state, report, limit, pad)
     if not (config.output_hidden_states or config.output_attentions):
         return output
     return output.with_states(model, params, real, bucket(T + limit - 1), bool(config.output_hidden_states), bool(config.output_attentions))
 
 
-def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Array, jax.Array] | None = None) -> Forward:
-    """source [B,S]: what an encoder reads, and which of it is real; later steps find it in the cache."""
-    names = ("input_ids", "attention_mask")
-    clean = lambda ids, real: (jnp.where(real, ids, 0), real)  # whatever stands in padding, it must not make nan
-    encoder = {} if source is None else dict(zip(names, clean(*source)))
-    prefix = "decoder_" if model.config.is_encoder_decoder else ""
-
-    more = {"output_hidden_states": True} if strategy.hidden_states else {}
+def _forward(model: Any, params: Any, strategy: Strategy, source: Any = None, logits_to_keep: int = 1) -> Forward:
+    read, more = reader(model, params, source), {"output_hidden_states": True} if strategy.hidden_states else {}
 
     def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
-        read = {prefix + name: x for name, x in zip(names, clean(tokens, real))}
-        out = model.apply({"params": params}, **encoder, **read, cache=cache, logits_to_keep=1, **more)
+        out = read(tokens, real, cache, logits_to_keep=logits_to_keep, **more)
         return strategy.look(model, params, out), out.cache
 
     return guided(forward)
@@ -241,10 +250,11 @@ def _prefill(
     negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
 ) -> tuple[State, Report]:  # fmt: skip
     """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies."""
+    memory = None
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([cache.token[:, None], ids], 1)
         real = jnp.concatenate([cache.unread[:, None], real], 1)
-        cache = cache.plain()
+        memory, cache = cache.memory, cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
     forward = _forward(model, params, strategy, source)
@@ -258,8 +268,9 @@ def _prefill(
         cache = cache.take(rows)
     wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
     sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0)).follow(followers)
-    records = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
-    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), *records), seen)
+    scores, logits = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
+    extra = strategy.drafter.begin(ids, real, source, memory, slots) if isinstance(strategy, Assisted) else None
+    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), scores, logits, extra), seen)
     return state, _report(strategy, state)
 
 
@@ -272,27 +283,32 @@ def _to_the_right(ids: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _decode(model: Any, params: Any, strategy: Strategy, state: State, limit: jax.Array) -> tuple[State, Report]:
     """Steps until there are `limit` new tokens or nothing is left to do."""
-    going = lambda state: (state.sequences.new < limit) & ~strategy.done(state)
-    state = lax.while_loop(going, partial(strategy.step, _forward(model, params, strategy)), state)
+    going = lambda state: (state.steps < limit) & ~strategy.done(state)
+    state = lax.while_loop(going, partial(strategy.step, _forward(model, params, strategy, logits_to_keep=0)), state)
     return state, _report(strategy, state)
 
 
 def _report(strategy: Strategy, state: State) -> Report:
-    return Report(strategy.result(state), state.sequences.new, strategy.done(state))
+    return Report(strategy.result(state), state.steps, strategy.done(state))
 
 
-def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any, deadline: float | None) -> tuple[State, Report]:
-    """The loop in chunks, until the deadline of time.perf_counter; a chunk runs while the streamer handles the one before."""
+def _chunks(
+    decode: Any, state: State, report: Report, limit: int, streamer: Any, deadline: float | None, reencode: Reencoder | None
+) -> tuple[State, Report]:
+    """The loop in chunks, until the deadline of time.perf_counter; a chunk runs while the streamer handles the one before. With a
+    reencoder a chunk is a round."""
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
-            result, done = jax.device_get((report.result, report.done))
-            new, now = result.new, time.perf_counter()
+            result, new, done = jax.device_get((report.result, report.steps, report.done))
+            now = time.perf_counter()
             left = math.inf if deadline is None else deadline - now
             took, going = now - began, not done and new < limit and left > 0
             if going:
                 chunk = chunk * 2 if took < SMOOTH and 2 * took < left else max(chunk // 2, 1)
                 began = now
+                if reencode is not None:
+                    chunk, state = 1, reencode(state, result, limit)
                 state, report = decode(state, np.int32(min(new + chunk, limit)))
             for column in () if streamer is None else range(sent, new):
                 streamer.put(result.tokens[:, result.first + column])
@@ -310,20 +326,23 @@ def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> Gen
     kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
     if last is not None and len(kept.positions) > len(last[0]):
         kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
-    cache = None if last is None else _turn(kept, *last)
+    memory = state.extra.memory if isinstance(state.extra, Progress) else None
+    cache = None if last is None else _turn(kept, *last, memory)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
         xp = np  # slices of another length would each compile a program
         result, steps, records = jax.device_get((report.result, report.steps, (state.scores, state.logits)))
-        n = result.new
+        n, steps = result.new, max(steps, result.new)
     columns = result.first + np.arange(n)
     tokens = xp.where(np.arange(n) < result.new, result.tokens.take(columns, 1), pad)
     lengths = result.real.take(columns, 1).sum(1, dtype=np.int32)
     ids = xp.repeat(xp.asarray(ids), len(tokens) // len(ids), 0)
     scores, logits = (None if record is None else record[:steps] for record in records)
     beams = None if result.beam_indices is None else result.beam_indices[:, :n]
-    return GenerateOutput(xp.concatenate([ids, tokens], 1), scores, logits, cache, lengths, result.sequences_scores, beams)
+    return GenerateOutput(
+        xp.concatenate([ids, tokens], 1), scores, logits, cache, lengths, result.sequences_scores, beams, result.assistance
+    )
 
 
 def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab_size: int, cache: Cache | None) -> tuple[Any, Any]:

@@ -38,8 +38,9 @@ class Follower(Protocol):
 @struct.dataclass
 class Sequences:
     """The tokens of every row so far. `tokens` [B,W] int32 and `real` [B,W] bool (false: padding, or not yet written); `width` [] the
-    columns written; `length` [] the tokens that HF counts, padding of the prompt included; `new` [] those that were generated;
-    `followers`: what keeps a state of its own about every row; `unconditional` [B,V]: the logits after a negative prompt."""
+    columns written; `length` the tokens that HF counts, padding of the prompt included, and `new` those that were generated, [] each, or
+    [B] in assisted decoding, where every row grows by itself; `followers`: what keeps a state of its own about every row;
+    `unconditional` [B,V]: the logits after a negative prompt."""
 
     tokens: jax.Array
     real: jax.Array
@@ -123,14 +124,14 @@ def keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def forbid(logits: jax.Array, ids: Any, when: Any = True) -> jax.Array:
-    """-inf at the ids [E] (those below 0 left out) while `when`."""
-    return logits.at[:, drop(ids, logits)].min(jnp.where(when, -jnp.inf, jnp.inf), mode="drop")
+    """-inf at the ids [E] (those below 0 left out) while `when`, [] or [B]."""
+    return logits.at[:, drop(ids, logits)].min(jnp.where(jnp.reshape(when, (-1, 1)), -jnp.inf, jnp.inf), mode="drop")
 
 
 def only(logits: jax.Array, ids: Any, when: Any) -> jax.Array:
-    """0 at the ids [E] and -inf elsewhere while `when`."""
+    """0 at the ids [E] and -inf elsewhere while `when`, [] or [B]."""
     forced = jnp.full_like(logits, -jnp.inf).at[:, drop(ids, logits)].set(0, mode="drop")
-    return jnp.where(when, forced, logits)
+    return jnp.where(jnp.reshape(when, (-1, 1)), forced, logits)
 
 
 def drop(ids: Any, logits: jax.Array) -> jax.Array:

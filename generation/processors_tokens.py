@@ -189,7 +189,7 @@ class ExponentialDecayLength:
     def __call__(self, sequences: Sequences, logits: jax.Array) -> jax.Array:
         ids = drop(self.eos_token_id, logits)
         found = logits.at[:, ids].get(mode="fill", fill_value=0)
-        over = jnp.maximum(sequences.new - self.start, 0)
+        over = jnp.reshape(jnp.maximum(sequences.new - self.start, 0), (-1, 1))
         raised = found + jnp.where(jnp.isfinite(found), jnp.abs(found) * (jnp.power(self.factor, over) - 1), 0)
         return logits.at[:, ids].set(raised, mode="drop")
 

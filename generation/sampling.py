@@ -36,6 +36,14 @@ class State:
     logits: jax.Array | None
     extra: Any = None
 
+    @property
+    def steps(self) -> jax.Array:
+        """The columns of new tokens that are complete, [] int32: rows that are finished wait for nothing."""
+        new, waits = self.sequences.new, ~self.finished
+        if jnp.ndim(new) == 0:
+            return new
+        return jnp.where(waits.any(), jnp.where(waits, new, jnp.iinfo(jnp.int32).max).min(), new.max())
+
     def process(self, processors: tuple[LogitsProcessor, ...], logits: jax.Array) -> jax.Array:
         """The logits [B,V] after all processors."""
         sequences = self.sequences
@@ -51,7 +59,7 @@ class Result:
     """What a strategy would return now: the `new` columns of tokens and real [R,W] from column `first` on.
 
     `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; None where the cache's rows are
-    not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams."""
+    not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams. `assistance`: see Assistance."""
 
     tokens: jax.Array
     real: jax.Array
@@ -60,6 +68,22 @@ class Result:
     last: tuple[jax.Array, jax.Array] | None = None
     sequences_scores: jax.Array | None = None
     beam_indices: jax.Array | None = None
+    assistance: Any = None
+
+
+def reader(model: Any, params: Any, source: tuple[jax.Array, jax.Array] | None = None) -> Callable[..., Any]:
+    """`read(tokens [B,T], real [B,T], cache, **options) -> output` of the model, whatever stands in padding. `source` [B,S]: what an
+    encoder reads, and which of it is real; later steps find it in the cache."""
+    names = ("input_ids", "attention_mask")
+    clean = lambda ids, real: (jnp.where(real, ids, 0), real)  # whatever stands in padding, it must not make nan
+    encoder = {} if source is None else dict(zip(names, clean(*source)))
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+
+    def read(tokens: jax.Array, real: jax.Array, cache: Cache, **options: Any) -> Any:
+        inputs = {prefix + name: x for name, x in zip(names, clean(tokens, real))}
+        return model.apply({"params": params}, **encoder, **inputs, cache=cache, **options)
+
+    return read
 
 
 class Strategy(Protocol):
@@ -158,11 +182,21 @@ def argmax(x: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """int32 [B]: a token of each row of logits [B,V] in proportion to exp(logits). Row b's draw depends on (key, b) and its logits.
+    """int32 [B]: a token of each row of logits [B,V] in proportion to exp(logits). Row b's draw depends on (key, b) and its logits."""
+    return draw_at(uniforms(_each(key, logits)), logits)
 
-    One uniform number a row and two short cumulative sums, over blocks and within one: noise for every logit takes ten times as long."""
+
+def draw_at(uniform: jax.Array, logits: jax.Array) -> jax.Array:
+    """int32 [B]: the token of each row of logits [B,V] that a number [B] from 0 to 1 chooses, a longer part of them the likelier it is.
+
+    Two short cumulative sums, over blocks and within one: noise for every logit takes ten times as long."""
     blocks = _blocks(logits)
-    return _draw(key, blocks, blocks.sum(-1))
+    return _draw(uniform, blocks, blocks.sum(-1))
+
+
+def uniforms(keys: jax.Array) -> jax.Array:
+    """A number from 0 to 1 of every row's key and place, [B]."""
+    return jax.vmap(lambda key, row: jax.random.uniform(jax.random.fold_in(key, row)))(keys, jnp.arange(len(keys)))
 
 
 def draw_some(key: jax.Array, logits: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +206,7 @@ def draw_some(key: jax.Array, logits: jax.Array, n: int) -> tuple[jax.Array, jax
 
     def one(left: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         blocks, sums = left
-        place = _draw(key, blocks, sums)
+        place = _draw(uniforms(_each(key, logits)), blocks, sums)
         block = place // BLOCK
         there = blocks[rows, block, place % BLOCK] > 0
         blocks = blocks.at[rows, block, place % BLOCK].set(0)
@@ -182,6 +216,10 @@ def draw_some(key: jax.Array, logits: jax.Array, n: int) -> tuple[jax.Array, jax
     return values.T, places.T
 
 
+def _each(key: jax.Array, logits: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(key, (len(logits), *key.shape))
+
+
 def _blocks(logits: jax.Array) -> jax.Array:
     """exp(logits), the largest 1, in blocks [B,n,BLOCK]."""
     B, V = logits.shape
@@ -189,8 +227,7 @@ def _blocks(logits: jax.Array) -> jax.Array:
     return jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
 
 
-def _draw(key: jax.Array, blocks: jax.Array, sums: jax.Array) -> jax.Array:
-    uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(jnp.arange(len(blocks)))
+def _draw(uniform: jax.Array, blocks: jax.Array, sums: jax.Array) -> jax.Array:
     target = uniform * sums.sum(-1)
     block, before = _passes(sums, target)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]

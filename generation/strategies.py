@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.generation.assisted import Assisted, Drafter
 from jaxmodels.generation.beam import EARLY_STOPPING, BeamSearch
 from jaxmodels.generation.constraints import ConstrainedBeamSearch, Tries, all_constraints
 from jaxmodels.generation.contrastive import ContrastiveSearch
@@ -26,10 +27,14 @@ def build_strategy(
     key: jax.Array | None,
     limit: int,
     columns: int,
+    drafter: Drafter | None = None,
 ) -> Strategy:
     """The strategy of a filled GenerationConfig for at most `limit` new tokens, in room for `columns`. `eos_token_id` [E], -1 for none.
     The key is used where config.do_sample is set."""
     pad, key = np.int32(pad_token_id), key if config.do_sample else None
+    if drafter is not None:
+        weight = None if config.assistant_ensemble_weight is None else to_float(config.assistant_ensemble_weight)
+        return Assisted(processors, eos_token_id, pad, key, np.int32(limit), weight, drafter)
     if config.num_beams > 1:
         constraints = all_constraints(config.constraints, config.force_words_ids)
         beams = {

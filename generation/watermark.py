@@ -181,12 +181,12 @@ class SynthIDWatermark:
         log_p = jnp.log(p)
         marked = jnp.where(jnp.isfinite(log_p), log_p, jnp.finfo(jnp.float32).min)
         skipped = self.skip_first_ngram_calls & (sequences.new + 1 < self.ngram_len)
-        return jnp.where(repeated[:, None] | skipped, scores, marked)
+        return jnp.where(repeated[:, None] | jnp.reshape(skipped, (-1, 1)), scores, marked)
 
     def _context(self, sequences: Sequences) -> tuple[Wide, jax.Array]:
         """The hash of each row's last ngram_len - 1 generated tokens [B], zeros before them, and whether it was one of a step before."""
         W = sequences.tokens.shape[1] + 1
-        column, first = jnp.arange(W), sequences.width - sequences.new
+        column, first = jnp.arange(W), jnp.reshape(sequences.width - sequences.new, (-1, 1))
         tokens = jnp.pad(sequences.tokens, ((0, 0), (0, 1)))
         tokens = jnp.where(column >= first, tokens, 0)
         high, low = self._hashes(tokens)
@@ -196,7 +196,7 @@ class SynthIDWatermark:
         counted = (calls >= (self.ngram_len - 1 if self.skip_first_ngram_calls else 0)) & (column < sequences.width)
         seen = counted & (column >= sequences.width - self.context_history_size)
         repeated = (seen & (high == now[0][:, None]) & (low == now[1][:, None])).any(1)
-        empty = (counted.sum() < self.context_history_size) & (now[0] == 0) & (now[1] == 0)  # the reference's history begins as zeros
+        empty = (counted.sum(1) < self.context_history_size) & (now[0] == 0) & (now[1] == 0)  # the reference's history begins as zeros
         return now, repeated | empty
 
     def _hashes(self, tokens: jax.Array) -> Wide:

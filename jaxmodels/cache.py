@@ -72,6 +72,12 @@ class KV(struct.PyTreeNode):
 
         return jax.tree.map(moved, self)
 
+    def gather(self, order: jax.Array) -> KV:
+        """In row b's slot s what is in its slot order[b, s]; order [B,S]."""
+        order = order[:, None, :, None] if self.heads_first else order[:, :, None, None]
+        axis = self.k.ndim - (2 if self.heads_first else 3)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, order.reshape((1,) * (x.ndim - 4) + order.shape), axis), self)
+
 
 class SlidingKV(struct.PyTreeNode):
     """Keys and values of the last W real tokens of each row, a ring whose column `next` is overwritten next.
@@ -158,6 +164,15 @@ class SlidingKV(struct.PyTreeNode):
         empty = self._with(*(jnp.zeros(s, x.dtype) for s, x in zip(shapes, (k, v))), jnp.full((B, W), -1), self.skipped, self.next)
         return empty._fill(k, v, positions, None)
 
+    def spare(self, tokens: int, slots: int) -> SlidingKV:
+        """Room for `tokens` more than the window: as many can be taken back. In a cache of so many slots."""
+        return self.replace(window=self.window + tokens).resize(slots).replace(window=self.window)
+
+    def rewind(self, lengths: jax.Array) -> SlidingKV:
+        """Without what is at positions lengths [B] and above."""
+        gone = self.positions >= lengths[:, None]
+        return self._with(self.k, self.v, jnp.where(gone, -1, self.positions), self.skipped | gone.any(-1), self.next)
+
     def take(self, rows: jax.Array) -> SlidingKV:
         axis = self.next.ndim
         pick = lambda x: jnp.take(x, rows, axis)
@@ -222,6 +237,9 @@ class EncoderDecoderKV(struct.PyTreeNode):
     def take_slots(self, rows: jax.Array, start: jax.Array, slots: int) -> EncoderDecoderKV:
         """As KV's: rows that share all other slots have read the same encoder's output."""
         return self.replace(own=self.own.take_slots(rows, start, slots))
+
+    def gather(self, order: jax.Array) -> EncoderDecoderKV:
+        return self.replace(own=self.own.gather(order))
 
 
 class Recurrent(struct.PyTreeNode):
@@ -313,11 +331,38 @@ class Cache(struct.PyTreeNode):
             layers[i] = state
         return self.replace(layers=tuple(layers), positions=self.positions[rows])
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer's state cannot give back a token that it has read."""
+        return any(isinstance(state, Recurrent) for state in self.layers)
+
     def forget(self, emptied: jax.Array) -> Cache:
         """Empty the slots where `emptied` [B,S] is true: rejected drafts, tokens written after a row was finished."""
-        if any(isinstance(state, Recurrent) for state in self.layers):
-            raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
+        self._check_forgets()
         return self.replace(positions=jnp.where(emptied, -1, self.positions))
+
+    def rewind(self, lengths: jax.Array, index: jax.Array) -> Cache:
+        """Without the tokens at positions lengths [B] and above; `index` []: the next slot to write, no token is left in it or behind.
+        Layers over a window need `spare` slots for this."""
+        self._check_forgets()
+        layers = tuple(state.rewind(lengths) if isinstance(state, SlidingKV) else state for state in self.layers)
+        return self.replace(layers=layers, positions=jnp.where(self.positions < lengths[:, None], self.positions, -1), index=index)
+
+    def spare(self, tokens: int) -> Cache:
+        """Layers over a window keep `tokens` more, so that `rewind` can take back as many."""
+        wide = lambda state: state.spare(tokens, self.slots) if isinstance(state, SlidingKV) else state
+        return self.replace(layers=tuple(map(wide, self.layers)))
+
+    def compact(self) -> Cache:
+        """Every row's tokens in its first slots, none empty between them."""
+        order = jnp.argsort(self.positions < 0, axis=1, stable=True)
+        layers = tuple(state.gather(order) if isinstance(state, KV | EncoderDecoderKV) else state for state in self.layers)
+        positions = jnp.take_along_axis(self.positions, order, 1)
+        return self.replace(layers=layers, positions=positions, index=(positions >= 0).sum(1, dtype=jnp.int32).max())
+
+    def _check_forgets(self) -> None:
+        if self.recurrent:
+            raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
 
 
 class LayerSpec(Protocol):

@@ -226,6 +226,7 @@ class Step(struct.PyTreeNode):
     dtype: Any = struct.field(pytree_node=False, default=None)  # of the computation, where x may have another
     rules: Any = struct.field(pytree_node=False, default=None)
     attention: str | None = struct.field(pytree_node=False, default=None)
+    early_exit: int | None = struct.field(pytree_node=False, default=None)  # the first layer that does not run
     output_hidden_states: bool = struct.field(pytree_node=False, default=False)
     output_attentions: bool = struct.field(pytree_node=False, default=False)
     output_router_logits: bool = struct.field(pytree_node=False, default=False)
@@ -366,7 +367,10 @@ class Layers(nn.Module):
         weights: list[Any] = []
         left: list[Any] = list(states or ())
         done: list[Any] = []
+        stop = len(kinds) if step.early_exit is None else step.early_exit
         for start, period, repeats in plan:
+            if start >= stop:
+                break
             mine = None if states is None else tuple(left.pop(0) for _ in range(period))
             if repeats == 1:
                 inputs.append(x)
@@ -377,18 +381,21 @@ class Layers(nn.Module):
                 weights.append(w)
                 mine = (state,)
             else:
-                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats)
+                runs = min(repeats, -(-(stop - start) // period))
+                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats, runs)
                 pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
-                inputs += [pick(ins[j], i) for i in range(repeats) for j in range(period)]
-                weights += [pick(ws[j], i) for i in range(repeats) for j in range(period)]
+                inputs += [pick(ins[j], i) for i in range(runs) for j in range(period)]
+                weights += [pick(ws[j], i) for i in range(runs) for j in range(period)]
             done += mine or ()
-        return x, None if states is None else tuple(done), inputs, weights
+        return x, None if states is None else (*done, *left), inputs, weights
 
     def _make(self, block: Any, kind: Hashable, **kwargs: Any) -> nn.Module:
         return block(self.config, **({} if kind is None else {"kind": kind}), **kwargs)
 
-    def _scan(self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int) -> tuple:
+    def _scan(self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int, runs: int) -> tuple:
+        """`runs` of `repeats` periods, the last of them perhaps not to its end."""
         stop = start + period * repeats
+        cut = step.early_exit is not None and step.early_exit < start + period * runs
         blocks = [self._make(self.block, self.config.layer_kinds[start + j], parent=None) for j in range(period)]
         params = []
         for j, block in enumerate(blocks):
@@ -400,7 +407,9 @@ class Layers(nn.Module):
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def body(carry: Any, xs: Any) -> tuple:
-            (x, states), (layer, params) = carry, xs
+            (x, states), (layer, mine) = carry, xs
+            if mine is None:
+                mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, False), params)
             ins: list[Any] = []
             ws: list[Any] = []
             new: list[Any] = []
@@ -409,14 +418,16 @@ class Layers(nn.Module):
                 state = None if states is None else states[j]
                 place = step.replace(layer=layer, number=start + layer * period + j)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, place.number)}
-                x, state, w = block.apply({"params": params[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
+                after, state, w = block.apply({"params": mine[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
+                x = jnp.where(place.number < step.early_exit, after, x) if cut else after
                 ws.append(w)
                 new.append(state)
             return (x, None if states is None else tuple(new)), (ins, ws)
 
         if self.remat:
             body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-        scanned: Any = jax.lax.scan(body, (x, states), (jnp.arange(repeats), params))
+        every = params if runs == repeats else None  # a slice of the parameters would be a copy
+        scanned: Any = jax.lax.scan(body, (x, states), (jnp.arange(runs), every))
         return *scanned[0], *scanned[1]
 
 

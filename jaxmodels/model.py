@@ -31,7 +31,8 @@ class Model(nn.Module):
     """A family's module over `config`. Static and hashable, so it may be a static argument of jax.jit.
 
     dtype: the compute dtype (parameters have their own); scan_layers: the stacked form of the parameters; remat: a
-    jax.checkpoint policy by name; attn_implementation: overrides the config's choice; rules: logical axes to mesh axes."""
+    jax.checkpoint policy by name; attn_implementation: overrides the config's choice; rules: logical axes to mesh axes; early_exit:
+    only the first so many layers run, with the parameters and the cache of all."""
 
     config: Any
     dtype: Any = jnp.float32
@@ -39,6 +40,7 @@ class Model(nn.Module):
     remat: str | None = None
     attn_implementation: str | None = None
     rules: Any = None
+    early_exit: int | None = None
 
     base_name: ClassVar[str] = ""  # the attribute, and so the prefix in a checkpoint, that holds the base model; empty in a base model
     float32_params: ClassVar[tuple[str, ...]] = ()  # patterns of parameters that keep float32 whatever the dtype
@@ -82,7 +84,7 @@ class Model(nn.Module):
             self._check_packing(attention)
         elif attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
-        static = {"dtype": self.dtype, "rules": self.rules, "attention": attention}
+        static = {"dtype": self.dtype, "rules": self.rules, "attention": attention, "early_exit": self.early_exit}
         static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return begin((B, T), attention_mask, cache, **static)
 
