@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import jax
 
+from jaxmodels.caches import NAMES as CACHES
 from jaxmodels.config import read_json
 from jaxmodels.generation.watermark import as_watermarking_config
 
@@ -27,7 +28,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
     "speculation_type": (None,),
-    "cache_implementation": (None, "dynamic", "static", "hybrid"),
 }
 
 # What only sampling, and only beams, look at, and the values at which it does nothing.
@@ -90,6 +90,10 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "bos_token_id": (lambda x: _whole(x), "an integer"),
     "eos_token_id": (lambda x: _whole(x) or (isinstance(x, tuple) and x and all(map(_whole, x))), "an integer or a list of integers"),
     "early_stopping": (lambda x: isinstance(x, bool) or x == "never", "True, False or 'never'"),
+    "use_cache": (lambda x: isinstance(x, bool), "True or False"),
+    "cache_implementation": (lambda x: x in CACHES, f"one of {', '.join(CACHES)}"),
+    "cache_config": (lambda x: isinstance(x, dict), "a dictionary of the cache_implementation's options"),
+    "max_cache_len": (lambda x: _whole(x) and x > 0, "an integer above 0"),
 }
 
 

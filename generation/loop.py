@@ -21,6 +21,7 @@ from flax import struct
 from jax import lax
 
 from jaxmodels.cache import Cache, init_cache
+from jaxmodels.caches import cache_implementation
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.grammar import Grammar, GrammarMask
@@ -28,6 +29,7 @@ from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, 
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
+from jaxmodels.generation.recompute import recomputes, transcript, written
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
 from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
@@ -156,6 +158,7 @@ def generate(
     check(config, model.config, streamer)
     if config.output_hidden_states or config.output_attentions:
         check_states(model.config, cache)
+    kept = _kept(config, cache)
     if config.token_healing:
         again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
         input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
@@ -187,7 +190,7 @@ def generate(
     unread = int(isinstance(cache, TurnCache))
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
-    slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots)
+    slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots, config.max_cache_len or 0)
     widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
     source = None if source is None else tuple(widen(x, bucket(x.shape[1])) for x in source)
@@ -206,7 +209,7 @@ def generate(
         state, report = _prefill(
             model, params, strategy, ids_wide, real_wide, source, cache, np.int32(T),
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
-            slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
+            slots=slots, steps=bucket(limit) if any(record) else 0, record=record, kept=kept,
         )  # fmt: skip
         if streamer is None and (deadline is None or beams > 1):
             state, report = decode(state, np.int32(limit))
@@ -228,19 +231,30 @@ def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Arra
     more = {"output_hidden_states": True} if strategy.hidden_states else {}
 
     def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
+        if recomputes(cache):
+            return reread(tokens, real, cache)
         read = {prefix + name: x for name, x in zip(names, clean(tokens, real))}
         out = model.apply({"params": params}, **encoder, **read, cache=cache, logits_to_keep=1, **more)
         return strategy.look(model, params, out), out.cache
 
+    def reread(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
+        ids, real, after = written(cache, tokens, real)
+        read = {prefix + name: x for name, x in zip(names, clean(*_to_the_right(ids, real)))}
+        (state,) = after.layers
+        encoder = {} if state.source is None else dict(zip(names, clean(*state.source)))
+        out = model.apply({"params": params}, **encoder, **read, logits_to_keep=1, **more)
+        return strategy.look(model, params, out), after
+
     return guided(forward)
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "steps", "record"))
+@partial(jax.jit, static_argnames=("model", "slots", "steps", "record", "kept"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, source: Any, cache: Cache | None, length: jax.Array,
-    negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
+    negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool], kept: Any,
 ) -> tuple[State, Report]:  # fmt: skip
-    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies."""
+    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: how a cache is kept, False
+    for none."""
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([cache.token[:, None], ids], 1)
         real = jnp.concatenate([cache.unread[:, None], real], 1)
@@ -248,10 +262,11 @@ def _prefill(
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
     forward = _forward(model, params, strategy, source)
+    empty = lambda rows: transcript(rows, slots, source) if kept is False else init_cache(model, rows, slots, implementation=kept)
     if negative is None:
-        seen, cache = forward(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+        seen, cache = forward(ids, real, empty(B) if cache is None else cache.resize(slots))
     else:
-        seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), init_cache(model, 2 * B, slots))
+        seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), empty(2 * B))
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
         seen, ids, real = jax.tree.map(lambda x: x[rows], (seen, ids, real))
@@ -310,7 +325,7 @@ def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> Gen
     kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
     if last is not None and len(kept.positions) > len(last[0]):
         kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
-    cache = None if last is None else _turn(kept, *last)
+    cache = None if last is None or recomputes(kept) else _turn(kept, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
@@ -354,6 +369,19 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
         if not ready.all():
             raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
     return ids.astype(np.int32), real
+
+
+def _kept(config: GenerationConfig, cache: Cache | None) -> Any:
+    """How a new cache is kept, as jaxmodels.caches says; False for no cache at all."""
+    made = cache_implementation(config.cache_implementation, config.cache_config)
+    if cache is not None and (made is not None or config.use_cache is False):
+        found = f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}"
+        raise ValueError(f"{found} beside a cache, which is kept as it was made: leave out the options or the cache")
+    if config.use_cache is False and made is not None:
+        raise ValueError(f"use_cache=False and cache_implementation={config.cache_implementation!r} contradict each other")
+    if config.use_cache is False and contrastive(config):
+        raise ValueError("use_cache=False: contrastive search copies what it has read of a candidate; leave out use_cache or penalty_alpha")
+    return False if config.use_cache is False else made
 
 
 def _new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:

@@ -36,16 +36,7 @@ class KV(struct.PyTreeNode):
 
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
-        axis = 2 if self.heads_first else 1
-
-        def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            new = _swap(new, self.heads_first).astype(old.dtype)
-            if step.layer is None:
-                return lax.dynamic_update_slice_in_dim(old, new, step.index, axis)
-            start = [step.layer, 0, 0, 0, 0]
-            start[axis + 1] = step.index
-            return lax.dynamic_update_slice(old, new[None], start)
-
+        write = lambda old, new: _write_slots(old, new, step.index, self.heads_first, step.layer)
         state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))  # type: ignore[arg-type]
         if not step.fresh:
             k, v = jax.tree.map(lambda x: _swap(_at(x, step.layer), self.heads_first), (state.k, state.v))
@@ -403,16 +394,19 @@ def segments(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
     return found
 
 
-def init_cache(model: Any, batch: int, slots: int, dtype: Any = None) -> Cache:
-    """An empty cache for `model` with `slots` slots per row; `dtype` defaults to the model's compute dtype."""
+def init_cache(model: Any, batch: int, slots: int, dtype: Any = None, implementation: Any = None) -> Cache:
+    """An empty cache for `model` with `slots` slots per row; `dtype` defaults to the model's compute dtype. `implementation`: a name of
+    HF's `cache_implementation`, or a QuantizedCache, SinkCache or OffloadedCache; see jaxmodels.caches."""
+    from jaxmodels.caches import layer_specs
+
+    specs = layer_specs(model.config, implementation)
     kinds = model.config.layer_kinds
     platform = jax.default_backend() if model.rules is None else model.rules.platform
     states = []
     for start, period, repeats in segments(kinds) if model.scan_layers else [(i, 1, 1) for i in range(len(kinds))]:
         for kind in kinds[start : start + period]:
             layers = None if repeats == 1 else repeats
-            spec: LayerSpec = model.config.layer_spec(kind)
-            states.append(spec.init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
+            states.append(specs[kind].init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
     cache = Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
     return cache if model.rules is None else lax.with_sharding_constraint(cache, cache_shardings(cache, model.rules))
 
@@ -423,7 +417,11 @@ def cache_shardings(cache: Cache, rules: Any) -> Cache:
     def place(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         return rules.sharding((None,) * (len(leaf.shape) - len(axes)) + axes, leaf.shape)
 
-    layers = tuple(jax.tree.map(place, state, state.axes) for state in cache.layers)
+    def places(state: Any) -> Any:
+        found, kind = jax.tree.map(place, state, state.axes), getattr(state, "memory_kind", None)
+        return found if kind is None else jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), found)
+
+    layers = tuple(map(places, cache.layers))
     return cache.replace(layers=layers, positions=place(cache.positions, ("batch", None)), index=place(cache.index, ()))
 
 
@@ -442,6 +440,18 @@ def _at(x: jax.Array, layer: jax.Array | None) -> jax.Array:
 
 def _put(x: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
     return new.astype(x.dtype) if layer is None else lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, 0)
+
+
+def _write_slots(x: jax.Array, new: jax.Array, start: Any, heads_first: bool, layer: jax.Array | None) -> jax.Array:
+    """x with new [B,T,K,H] in the slots from `start` on, in x's memory."""
+    new, axis = _swap(new, heads_first).astype(x.dtype), 2 if heads_first else 1
+    if (space := jax.typeof(x).memory_space) != jax.typeof(new).memory_space:
+        new = jax.device_put(new, space)
+    if layer is None:
+        return lax.dynamic_update_slice_in_dim(x, new, start, axis)
+    place = [layer, 0, 0, 0, 0]
+    place[axis + 1] = start
+    return lax.dynamic_update_slice(x, new[None], place)
 
 
 def _resize(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
