@@ -29,7 +29,7 @@ from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, 
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
-from jaxmodels.generation.recompute import recomputes, transcript, written
+from jaxmodels.generation.recompute import recomputes, reread, transcript
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy
 from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
@@ -232,18 +232,11 @@ def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Arra
 
     def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
         if recomputes(cache):
-            return reread(tokens, real, cache)
+            out, cache = reread(model, params, cache, tokens, real, logits_to_keep=1, **more)
+            return strategy.look(model, params, out), cache
         read = {prefix + name: x for name, x in zip(names, clean(tokens, real))}
         out = model.apply({"params": params}, **encoder, **read, cache=cache, logits_to_keep=1, **more)
         return strategy.look(model, params, out), out.cache
-
-    def reread(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
-        ids, real, after = written(cache, tokens, real)
-        read = {prefix + name: x for name, x in zip(names, clean(*_to_the_right(ids, real)))}
-        (state,) = after.layers
-        encoder = {} if state.source is None else dict(zip(names, clean(*state.source)))
-        out = model.apply({"params": params}, **encoder, **read, logits_to_keep=1, **more)
-        return strategy.look(model, params, out), after
 
     return guided(forward)
 

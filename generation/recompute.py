@@ -34,13 +34,21 @@ def transcript(batch: int, slots: int, source: tuple[jax.Array, jax.Array] | Non
     return Cache(states, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 
 
-def written(cache: Cache, tokens: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array, Cache]:
-    """With tokens [B,T] where `real`: all of the text [B,S], and which of it is real."""
-    positions = jnp.where(real, cache.lengths[:, None] + jnp.cumsum(real, 1, dtype=jnp.int32) - 1, -1)
-    (state,), after = cache.layers, cache.advance(positions)
-    ids = lax.dynamic_update_slice_in_dim(state.ids, tokens, cache.index, 1)
-    return ids, after.positions >= 0, after.replace(layers=(state.replace(ids=ids),))
-
-
-def recomputes(cache: Any) -> bool:
+def recomputes(cache: Cache) -> bool:
     return isinstance(cache.layers[0], Transcript)
+
+
+def reread(model: Any, params: Any, cache: Cache, tokens: jax.Array, real: jax.Array, **options: Any) -> tuple[Any, Cache]:
+    """The model's output for the whole text with tokens [B,T] where `real`, the newest column last; and the text."""
+    positions = jnp.where(real, cache.lengths[:, None] + jnp.cumsum(real, 1, dtype=jnp.int32) - 1, -1)
+    after = cache.advance(positions)
+    ids = lax.dynamic_update_slice_in_dim(cache.layers[0].ids, tokens, cache.index, 1)
+    turned = lambda x: jnp.roll(x, -after.index, 1)
+    inputs = _inputs(turned(ids), turned(after.positions >= 0), "decoder_" if model.config.is_encoder_decoder else "")
+    source = cache.layers[0].source
+    inputs |= {} if source is None else _inputs(*source, "")
+    return model.apply({"params": params}, **inputs, **options), after.replace(layers=(Transcript(ids, source),))
+
+
+def _inputs(ids: jax.Array, real: jax.Array, prefix: str) -> dict[str, jax.Array]:
+    return {f"{prefix}input_ids": jnp.where(real, ids, 0), f"{prefix}attention_mask": real}

@@ -29,7 +29,8 @@ class OffloadedKVSpec:
     full: KVSpec
 
     def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> OffloadedKV:
-        return OffloadedKV(to_host(self.full.init(batch, slots, dtype, layers=layers, heads_first=heads_first)))
+        # slots before heads everywhere: a TPU sends whole tiles to the host, and one slot of [S,H] is a part of one
+        return OffloadedKV(to_host(self.full.init(batch, slots, dtype, layers=layers, heads_first=False)))
 
 
 class OffloadedKV(struct.PyTreeNode):
