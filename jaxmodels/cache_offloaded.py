@@ -1,4 +1,4 @@
-"""Keys and values in the host's memory: a layer's come to the device when it attends, and only the new ones go back.
+"""Keys and values in the host's memory: a layer's come to the device when it attends, and only blocks with new ones go back.
 
 Axis letters: B batch, S slots, T new tokens, K kv heads, H head dim, L stacked layers."""
 
@@ -8,9 +8,13 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
-from jaxmodels.cache import KV, KVSpec, LayerSpec, _at, _swap, _write_slots
+from jaxmodels.cache import KV, KVSpec, LayerSpec, _at, _write_slots
+
+BLOCK = 16  # slots that go to the host together: a TPU sends whole tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,6 @@ class OffloadedKVSpec:
     full: KVSpec
 
     def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> OffloadedKV:
-        # slots before heads everywhere: a TPU sends whole tiles to the host, and one slot of [S,H] is a part of one
         return OffloadedKV(to_host(self.full.init(batch, slots, dtype, layers=layers, heads_first=False)))
 
 
@@ -45,12 +48,20 @@ class OffloadedKV(struct.PyTreeNode):
 
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[OffloadedKV, jax.Array, Any, jax.Array]:
         """As KV's."""
-        kv = self.kv
-        write = lambda old, new: _write_slots(old, new, step.index, kv.heads_first, step.layer)
-        kv = kv.replace(k=write(kv.k, k), v=None if v is None else write(kv.v, v))  # type: ignore[arg-type]
-        if not step.fresh:
-            k, v = jax.tree.map(lambda x: _swap(to_device(_at(x, step.layer)), kv.heads_first), (kv.k, kv.v))
-        return OffloadedKV(kv), k, v, step.key_positions
+        kv, T, S = self.kv, k.shape[1], self.kv.k.shape[-3]
+        size = min(S, BLOCK * ((T + BLOCK - 2) // BLOCK + 1))  # of the blocks that T slots can touch
+        start = step.index // BLOCK * BLOCK
+
+        def write(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if step.fresh:
+                return _write_slots(old, jnp.pad(new, ((0, 0), (0, size - T), (0, 0), (0, 0))), 0, False, step.layer), new
+            whole = to_device(_at(old, step.layer))
+            whole = lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), step.index, 1)
+            return _write_slots(old, lax.dynamic_slice_in_dim(whole, start, size, 1), start, False, step.layer), whole
+
+        new_k, k = write(kv.k, k)
+        new_v, v = (None, None) if v is None else write(kv.v, v)  # type: ignore[arg-type]
+        return OffloadedKV(kv.replace(k=new_k, v=new_v)), k, v, step.key_positions
 
     def resize(self, slots: int) -> OffloadedKV:
         return OffloadedKV(to_host(to_device(self.kv).resize(slots)))
