@@ -56,6 +56,9 @@ class TurnCache(Cache, kw_only=True):
         taken = self.plain().take(rows)
         return _turn(taken, self.token[rows], self.unread[rows])
 
+    def crop(self, max_length: int) -> Cache:
+        return self.plain().crop(max_length)  # of what was read: the newest token goes in any case
+
     def plain(self) -> Cache:
         return Cache(self.layers, self.positions, self.index)
 

@@ -149,6 +149,16 @@ class SlidingKV(struct.PyTreeNode):
         empty = self._with(*(jnp.zeros(s, x.dtype) for s, x in zip(shapes, (k, v))), jnp.full((B, W), -1), self.skipped, self.next)
         return empty._fill(k, v, positions, None)
 
+    def rewind(self, lengths: jax.Array) -> SlidingKV:
+        """Without what is at positions lengths [B] and above."""
+        gone = self.positions >= lengths[:, None]
+        return self._with(self.k, self.v, jnp.where(gone, -1, self.positions), self.skipped | gone.any(-1), self.next)
+
+    def holds(self, lengths: jax.Array, now: jax.Array) -> jax.Array:
+        """bool []: whether `rewind` from lengths `now` [B] leaves every row the whole window."""
+        dropped = jnp.maximum(now - self.positions.shape[-1], 0)
+        return ((lengths >= now) | (dropped <= jnp.maximum(lengths - self.window, 0))).all()
+
     def take(self, rows: jax.Array) -> SlidingKV:
         axis = self.next.ndim
         pick = lambda x: jnp.take(x, rows, axis)
@@ -306,9 +316,32 @@ class Cache(struct.PyTreeNode):
 
     def forget(self, emptied: jax.Array) -> Cache:
         """Empty the slots where `emptied` [B,S] is true: rejected drafts, tokens written after a row was finished."""
+        self._check_forgets()
+        return self.replace(positions=jnp.where(emptied, -1, self.positions))
+
+    def rewind(self, lengths: jax.Array, index: jax.Array) -> Cache:
+        """Without the tokens at positions lengths [B] and above; `index` []: the next slot to write, no token is left in it or behind."""
+        self._check_forgets()
+        layers = tuple(state.rewind(lengths) if hasattr(state, "rewind") else state for state in self.layers)
+        return self.replace(layers=layers, positions=jnp.where(self.positions < lengths[:, None], self.positions, -1), index=index)
+
+    def crop(self, max_length: int) -> Cache:
+        """The first max_length tokens of every row, or all but its last so many where the number is negative; slots that no row needs any
+        more are free again. ValueError where a layer has lost what the shorter text sees: a window that moved on, a recurrent state."""
+        now = self.lengths
+        lengths = jnp.maximum(now + max_length, 0) if max_length < 0 else jnp.minimum(now, max_length)
+        held = jnp.array([state.holds(lengths, now) for state in self.layers if hasattr(state, "holds")], bool)
+        if held.size and (isinstance(held, jax.core.Tracer) or not held.all()):
+            raise ValueError(
+                f"layers over a window keep nothing from before it, so this cache cannot be cropped to {max_length} (inside jit, where the "
+                "lengths are not known, never): keep an earlier cache, which is not used up"
+            )
+        kept = (self.positions >= 0) & (self.positions < lengths[:, None])
+        return self.rewind(lengths, jnp.where(kept.any(0), jnp.arange(1, self.slots + 1, dtype=jnp.int32), 0).max())
+
+    def _check_forgets(self) -> None:
         if any(isinstance(state, Recurrent) for state in self.layers):
             raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
-        return self.replace(positions=jnp.where(emptied, -1, self.positions))
 
 
 class LayerSpec(Protocol):

@@ -94,6 +94,12 @@ class SinkKV(struct.PyTreeNode):
     def resize(self, slots: int) -> SinkKV:
         return self.replace(ring=self.ring.resize(slots))
 
+    def rewind(self, lengths: jax.Array) -> SinkKV:
+        return self.replace(ring=self.ring.rewind(lengths))
+
+    def holds(self, lengths: jax.Array, now: jax.Array) -> jax.Array:
+        return self.ring.holds(lengths, now)
+
     def take(self, rows: jax.Array) -> SinkKV:
         pick = lambda x: jnp.take(x, rows, self.ring.next.ndim)
         return self.replace(k=pick(self.k), v=pick(self.v), ring=self.ring.take(rows))

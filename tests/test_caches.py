@@ -238,9 +238,7 @@ def test_sharded(made):
     params = jax.device_put(ours()[1], jax.tree.map(lambda x: x.sharding, init_params(model, jax.random.key(0))))
     ids, mask = (np.concatenate([x, x[:1]]) for x in texts()[0])
     config = {"quantized": ALL, "sink": {"window_length": 96}}.get(made)
-    out = generate(
-        model, params, ids, mask, max_new_tokens=NEW, eos_token_id=NEVER, cache_implementation=made, cache_config=config
-    )
+    out = generate(model, params, ids, mask, max_new_tokens=NEW, eos_token_id=NEVER, cache_implementation=made, cache_config=config)
     np.testing.assert_array_equal(out.sequences[:3], plain())
     big = [x for x in jax.tree.leaves(out.cache.layers) if x.ndim == 4]
     assert all(x.addressable_shards[0].data.size == x.size // 4 for x in big)
@@ -277,14 +275,17 @@ def test_encoder_decoder():
         mine(model, params, cache_implementation="sink")
 
 
-TABLE = re.findall(r"^\| `(.+?)`.*?\| ([\d.]+) \| ([\d.]+) \|", (Path(__file__).parents[1] / "docs" / "caches.md").read_text(), re.MULTILINE)
+TABLE = re.findall(
+    r"^\| `(.+?)`.*?\| ([\d.]+) \| ([\d.]+) \|", (Path(__file__).parents[1] / "docs" / "caches.md").read_text(), re.MULTILINE
+)
 
 
 def test_the_table():
     """Bytes of the arrays of a cache for one row of 4096 slots in bfloat16, in MiB."""
-    shapes = transformers.LlamaConfig(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=49152
-    ), transformers.Gemma3TextConfig(num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512)
+    shapes = (
+        transformers.LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=49152),
+        transformers.Gemma3TextConfig(num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512),
+    )
     families = (LlamaForCausalLM, LlamaConfig), (Gemma3ForCausalLM, Gemma3TextConfig)
     models = [head(config.from_dict(shape.to_dict()), dtype=jnp.bfloat16) for (head, config), shape in zip(families, shapes)]
     assert len(TABLE) == 7
@@ -307,7 +308,10 @@ MAMBA = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, state_siz
         ({"cache_implementation": "quantized", "cache_config": {"q_group_size": 48}}, "residual_length=128 and q_group_size=48"),
         ({"cache_implementation": "quantized", "cache_config": {"axis_key": 2}}, "axis_key is 2; backend quanto has 0 and -1"),
         ({"cache_implementation": "quantized", "cache_config": {"backend": "gptq"}}, "backend is 'gptq'"),
-        ({"cache_implementation": "quantized", "cache_config": {"q_group_size": 8}}, "q_group_size=8 does not divide the head dimension 12"),
+        (
+            {"cache_implementation": "quantized", "cache_config": {"q_group_size": 8}},
+            "q_group_size=8 does not divide the head dimension 12",
+        ),
         ({"cache_implementation": "sink", "cache_config": {"window_length": 4}}, "num_sink_tokens=4 of window_length=4"),
         ({"cache_implementation": "sliding_window"}, "no layer of llama has a window"),
         ({"cache_config": {"nbits": 4}}, "the default cache knows no options"),
@@ -315,7 +319,10 @@ MAMBA = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, state_siz
         ({"use_cache": 1}, "use_cache is 1"),
         ({"use_cache": False, "cache_implementation": "offloaded"}, "contradict"),
         ({"use_cache": False, "penalty_alpha": 0.5, "top_k": 4}, "use_cache=False: contrastive"),
-        ({"model": MAMBA, "params": {}, "cache_implementation": "quantized"}, r"layers of full attention; those of mamba \(RecurrentSpec\)"),
+        (
+            {"model": MAMBA, "params": {}, "cache_implementation": "quantized"},
+            r"layers of full attention; those of mamba \(RecurrentSpec\)",
+        ),
     ],
     ids=str,
 )
