@@ -247,10 +247,10 @@ def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Arra
 @partial(jax.jit, static_argnames=("model", "slots", "steps", "record", "kept"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, source: Any, cache: Cache | None, length: jax.Array,
-    negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool], kept: Any,
+    negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
+    kept: Any,
 ) -> tuple[State, Report]:  # fmt: skip
-    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: how a cache is kept, False
-    for none."""
+    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: see _kept."""
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([cache.token[:, None], ids], 1)
         real = jnp.concatenate([cache.unread[:, None], real], 1)
@@ -374,7 +374,7 @@ def _kept(config: GenerationConfig, cache: Cache | None) -> Any:
         found = f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}"
         raise ValueError(f"{found} beside a cache, which is kept as it was made: leave out the options or the cache")
     if config.use_cache is False and made is not None:
-        raise ValueError(f"use_cache=False and cache_implementation={config.cache_implementation!r} contradict each other")
+        warnings.warn(f"use_cache=False: cache_implementation={config.cache_implementation!r} is without effect", stacklevel=3)
     if config.use_cache is False and contrastive(config):
         raise ValueError("use_cache=False: contrastive search copies what it has read of a candidate; leave out use_cache or penalty_alpha")
     return False if config.use_cache is False else made

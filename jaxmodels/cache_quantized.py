@@ -1,10 +1,10 @@
-"""Keys and values in few bits, as KIVI keeps them (arXiv:2402.02750): asymmetric integers with a smallest number and a scale for each group,
-and the newest slots in full beside them.
+"""Keys and values in few bits, as KIVI keeps them (arXiv:2402.02750): every group of numbers as integers above its smallest number in steps
+of a scale, and the newest slots in full beside them.
 
-A group of keys is `group` slots of one channel, for keys have channels that are large everywhere; a group of values is channels of one slot.
+A group of keys is some slots of one channel, for keys have channels that are large everywhere; one of values is channels of one slot.
 
-Axis letters: B batch, S slots (a multiple of R), n slots of whole groups, G slots of a group, R slots kept in full, T new tokens, K kv heads,
-H head dim, P bytes of H codes."""
+Axis letters: B batch, S slots (a multiple of R), n slots of whole groups, G slots of a group, R slots kept in full, T new tokens,
+K kv heads, H head dim, P bytes of H codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BACKENDS = {"quanto": {0: False, -1: True}, "hqq": {1: False, 0: True}}  # how t
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedCache:
-    """HF's `cache_implementation="quantized"`: full-attention layers keep their keys and values in `nbits` (8, 4 or 2), less the newest
-    residual_length - q_group_size + 1 slots or more; layers of other kinds are small and stay as they are.
+    """HF's `cache_implementation="quantized"`: full-attention layers keep keys and values in `nbits` (8, 4 or 2), beside the newest
+    residual_length slots in full; layers of other kinds are small and stay as they are.
 
-    q_group_size: numbers that share a scale, at most head_dim of those of one slot. axis_key and axis_value, as the backend counts them:
-    for quanto 0 groups channels of a slot, -1 slots of a channel. The defaults are KIVI's, -1 for keys and 0 for values; HF's are 0 and 0."""
+    q_group_size: numbers that share a scale, of one slot at most head_dim. axis_key and axis_value, as the backend counts them: for
+    quanto 0 groups channels of a slot, -1 slots of a channel. The defaults are KIVI's, -1 for keys and 0 for values; HF's 0 and 0."""
 
     nbits: int = 4
     axis_key: int | None = None
@@ -108,9 +108,9 @@ class Store(struct.PyTreeNode):
         return jnp.where(full[None, :, :, None, None], recent[:, None], blocks).reshape(x.shape)
 
     def write(self, new: jax.Array, whole: jax.Array, columns: jax.Array, real: jax.Array, step: Any, heads_first: bool) -> Store:
-        """With new [B,T,K,H] from slot step.index on. `whole`: all slots [B,S,K,H] with them; `columns` [R]: slots that `recent` holds after
-        them; real [B,S]: slots that hold a token, others do not count in a group."""
-        (B, T, K, H), G, S = new.shape, self.unit, whole.shape[1]
+        """With new [B,T,K,H] from slot step.index on. `whole`: all slots [B,S,K,H] with them; `columns` [R]: the slots that `recent`
+        then holds; real [B,S]: slots that hold a token, others do not count in a group."""
+        T, G, S = new.shape[1], self.unit, whole.shape[1]
         units = min((T + G - 2) // G + 1, S // G)  # that T slots can touch
         first = step.index // G
         start = jnp.minimum(first, S // G - units)

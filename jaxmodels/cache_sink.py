@@ -31,7 +31,7 @@ class SinkCache:
     def __post_init__(self) -> None:
         if not 0 < self.num_sink_tokens < self.window_length:
             raise ValueError(
-                f"num_sink_tokens={self.num_sink_tokens} of window_length={self.window_length}: expected at least one, and fewer than the window"
+                f"num_sink_tokens={self.num_sink_tokens} of window_length={self.window_length}: expected at least 1, and less than all"
             )
 
     def layer_spec(self, spec: LayerSpec) -> LayerSpec:
@@ -75,7 +75,7 @@ class SinkKV(struct.PyTreeNode):
 
     def take_in(self, k: jax.Array, rotated: jax.Array, v: jax.Array, step: Any) -> tuple[SinkKV, jax.Array, jax.Array, jax.Array]:
         """Note k, v [B,T,K,H]; also returns keys, values [B,S,K,H] and positions [B,S] of the window, the first tokens left out."""
-        first = step.positions[:, None] == jnp.arange(self.sinks)[:, None]  # [B,n,T]
+        first = jnp.equal(step.positions[:, None], jnp.arange(self.sinks)[:, None])  # [B,n,T]
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             chosen = jnp.take_along_axis(new, first.argmax(-1)[..., None, None], 1).astype(old.dtype)
@@ -109,8 +109,8 @@ def attend_to_sinks(q: jax.Array, k: jax.Array, v: jax.Array, state: SinkKV, ste
     """q [B,T,N,H] and k not yet rotated, v [B,T,K,H] -> out [B,T,N,H], the state with k and v, the weights or None."""
     if step.rope is None or options.get("bias") is not None or (rope is not None and rope.late):
         raise ValueError(
-            "the sink cache moves tokens to other positions by turning keys: this model's positions are not rotary, or its rotation depends "
-            "on a row's length; choose another cache_implementation"
+            "the sink cache moves tokens to other positions by turning keys: this model's positions are not rotary, or its rotation "
+            "depends on a row's length; choose another cache_implementation"
         )
     T, positions = q.shape[1], step.positions
     options |= {"implementation": step.attention, "rules": step.rules}
@@ -123,7 +123,7 @@ def attend_to_sinks(q: jax.Array, k: jax.Array, v: jax.Array, state: SinkKV, ste
     plain = lambda x: x if rope is None else rotate(x, rope.new, rope.interleaved)
     near = plain(q)
     state, keys, values, k_positions = state.take_in(k, plain(k), v, step)
-    if step.fresh and T <= state.window:
+    if step.fresh and state.window >= T:
         return _with_state(attention(near, plain(k), v, positions, positions, **options), state)
     first, first_values, places = state.read(step.layer)
     values = jnp.concatenate([first_values, values], 1)

@@ -224,7 +224,7 @@ def test_a_cache_as_an_object(made):
 
 
 def test_memory_kinds():
-    model, params = ours()
+    model = ours()[0]
     cache = init_cache(model, 2, 32, implementation="offloaded_static")
     kinds = lambda cache: {x.sharding.memory_kind for x in jax.tree.leaves(cache.layers)}
     assert kinds(cache) == {"pinned_host"} == kinds(cache.resize(48)) == kinds(cache.take(np.array([1])))
@@ -317,7 +317,6 @@ MAMBA = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, state_siz
         ({"cache_config": {"nbits": 4}}, "the default cache knows no options"),
         ({"cache_config": 4}, "cache_config is 4"),
         ({"use_cache": 1}, "use_cache is 1"),
-        ({"use_cache": False, "cache_implementation": "offloaded"}, "contradict"),
         ({"use_cache": False, "penalty_alpha": 0.5, "top_k": 4}, "use_cache=False: contrastive"),
         (
             {"model": MAMBA, "params": {}, "cache_implementation": "quantized"},
@@ -332,9 +331,10 @@ def test_bad_options(options, words):
     assert found == []
 
 
-def test_a_cache_beside_options():
-    model, params = ours()
-    cache = init_cache(model, 3, 128)
+def test_options_beside_one_another():
+    with pytest.warns(UserWarning, match="cache_implementation='offloaded' is without effect"):
+        assert mine(use_cache=False, cache_implementation="offloaded").cache is None
+    cache = init_cache(ours()[0], 3, 128)
     for options in ({"use_cache": False}, {"cache_implementation": "quantized"}):
         with pytest.raises(ValueError, match="beside a cache"):
             mine(cache=cache, **options)
@@ -344,6 +344,7 @@ def test_a_cache_beside_options():
 def test_the_options_are_kept(tmp_path):
     config = GenerationConfig(cache_implementation="quantized", cache_config={"nbits": 2, "backend": "HQQ"}, use_cache=True)
     config.save_pretrained(tmp_path)
-    assert GenerationConfig.from_pretrained(tmp_path) == config
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert again == config and hash(again) == hash(config)
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (theirs.cache_implementation, theirs.cache_config) == ("quantized", {"nbits": 2, "backend": "HQQ"})
