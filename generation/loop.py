@@ -20,7 +20,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxmodels.cache import Cache, init_cache
+from jaxmodels.cache import KV, Cache, init_cache
+from jaxmodels.cache_offloaded import OffloadedKV
 from jaxmodels.caches import cache_implementation
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
@@ -44,7 +45,7 @@ SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
 
 class TurnCache(Cache, kw_only=True):
     """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
-    `generate` with this cache does so first, a loop of one's own must."""
+    `generate` with this cache does so first, a loop of one's own must. After beam search nothing of the answer is read: both [B,N]."""
 
     token: jax.Array
     unread: jax.Array
@@ -71,7 +72,7 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array) -> TurnCache:
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn; None after beam search, whose rows hold other hypotheses. `lengths` [B*R] int32: new tokens of each row, its
+    next turn; None without a cache, and after beam search where layers look back over a window, recur or round. `lengths` [B*R] int32: new tokens of each row, its
     end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams."""
 
     sequences: Any
@@ -190,7 +191,7 @@ def generate(
         stops = (grammar, *stops)
     enable_compilation_cache()
 
-    unread = int(isinstance(cache, TurnCache))
+    unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots, config.max_cache_len or 0)
@@ -252,8 +253,8 @@ def _prefill(
 ) -> tuple[State, Report]:  # fmt: skip
     """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: see _kept."""
     if isinstance(cache, TurnCache):
-        ids = jnp.concatenate([cache.token[:, None], ids], 1)
-        real = jnp.concatenate([cache.unread[:, None], real], 1)
+        ids = jnp.concatenate([_columns(cache.token), ids], 1)
+        real = jnp.concatenate([_columns(cache.unread), real], 1)
         cache = cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
@@ -315,13 +316,30 @@ def _chunks(decode: Any, state: State, report: Report, limit: int, streamer: Any
             streamer.end()
 
 
+def _before_beams(cache: Cache, ids: Any, rows: int, read: jax.Array) -> Cache | None:
+    """What `rows` results have in common: the cache of beams without the `read` tokens that they read since the prompt; None where these
+    have driven out or rounded older ones."""
+    if not all(isinstance(getattr(state, "own", state), KV | OffloadedKV) for state in cache.layers):
+        return None
+    beams = len(cache.positions) // len(ids)
+    taken = cache.take(jnp.repeat(jnp.arange(0, len(cache.positions), beams), rows // len(ids)))
+    return taken.rewind(taken.lengths - read, taken.index - read)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[B,U] of [B,U] or [B]."""
+    return x[:, None] if x.ndim == 1 else x
+
+
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
     kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
-    if last is not None and len(kept.positions) > len(last[0]):
+    if last is not None and last[0].ndim == 2:
+        kept = _before_beams(kept, ids, len(last[0]), state.sequences.new - 1)
+    elif last is not None and len(kept.positions) > len(last[0]):
         kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
-    cache = None if last is None or recomputes(kept) else _turn(kept, *last)
+    cache = None if last is None or kept is None or recomputes(kept) else _turn(kept, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
@@ -361,7 +379,7 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
     if cache is not None and cache.positions.shape[0] != B:
         raise ValueError(f"the cache holds {cache.positions.shape[0]} rows and input_ids {B}; repeat rows of a cache with cache.take(rows)")
     if not traced and not (cache is not None and isinstance(cache.positions, jax.core.Tracer)):
-        ready = real.any(1) | (np.asarray(cache.unread) if isinstance(cache, TurnCache) else False)
+        ready = real.any(1) | (np.asarray(_columns(cache.unread)).any(1) if isinstance(cache, TurnCache) else False)
         if not ready.all():
             raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
     return ids.astype(np.int32), real

@@ -50,8 +50,8 @@ class State:
 class Result:
     """What a strategy would return now: the `new` columns of tokens and real [R,W] from column `first` on.
 
-    `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; None where the cache's rows are
-    not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams."""
+    `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; all new tokens [R,N] where the
+    cache's rows are not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams."""
 
     tokens: jax.Array
     real: jax.Array

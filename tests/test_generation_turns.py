@@ -59,6 +59,23 @@ def test_a_call_goes_on_where_the_last_one_stopped():
         assert first.sequences[row, T:].tolist() + more.sequences[row].tolist() == torch_greedy(row)[:20]
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "offloaded"}, {"guidance_scale": 1.5}], ids=str)
+def test_a_turn_after_beams(options):
+    """The best hypotheses of every row, some ended early; what follows is what their whole texts give."""
+    ids, mask = (x[1:3, -60:] for x in prompts())
+    model, params = ours()
+    first = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9, "eos_token_id": [torch_greedy(1)[4], torch_greedy(2)[2]]}
+    out = generate(model, params, ids, mask, **first, **options)
+    new, real = user_turn(8, (3, 1, 6, 2))
+    again = generate(model, params, new, real, cache=out.cache, max_new_tokens=6, eos_token_id=NEVER)
+    alive = np.arange(out.sequences.shape[1] - 60) < out.lengths[:, None]
+    whole = np.concatenate([out.sequences, new], 1)
+    kept = np.concatenate([np.repeat(mask, 2, 0), alive, real], 1)
+    want = generate(model, params, whole, kept, max_new_tokens=6, eos_token_id=NEVER)
+    np.testing.assert_array_equal(again.sequences[:, -6:], want.sequences[:, -6:])
+    assert len(set(out.lengths.tolist())) > 1
+
+
 def test_a_cache_can_be_continued_twice():
     """The cache is an argument, not a thing that a call uses up."""
     ids, mask = prompts()
