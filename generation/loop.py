@@ -72,8 +72,9 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array) -> TurnCache:
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn; None without a cache, and after beam search where layers look back over a window, recur or round. `lengths` [B*R] int32: new tokens of each row, its
-    end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams."""
+    next turn; None without one, and after beam search where layers look back over a window, recur or round. `lengths` [B*R] int32: new
+    tokens of each row, its end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a
+    row's end: of beams. States and attentions: see read_states."""
 
     sequences: Any
     scores: Any = None
@@ -84,15 +85,20 @@ class GenerateOutput(ModelOutput):
     beam_indices: Any = None
     hidden_states: Any = None
     attentions: Any = None
+    decoder_hidden_states: Any = None
+    decoder_attentions: Any = None
+    cross_attentions: Any = None
+    encoder_hidden_states: Any = None
+    encoder_attentions: Any = None
 
-    def with_states(self, model: Any, params: Any, real: Any, size: int, hidden_states: bool, attentions: bool) -> GenerateOutput:
-        """With `hidden_states` and `attentions` as read_states gives them; `real` [B,T] of the prompt, `size` a bucket for all columns."""
+    def with_states(self, model: Any, params: Any, real: Any, size: int, states: bool, weights: bool, source: Any) -> GenerateOutput:
+        """With the fields that read_states gives; `real` [B,T] of the prompt, `size` a bucket for all columns, `source` see there."""
         new = self.sequences.shape[1] - real.shape[1]
         xp: Any = jnp if isinstance(self.lengths, jax.core.Tracer) else np
         real = xp.repeat(xp.asarray(real), len(self.sequences) // len(real), 0)
         real = xp.concatenate([real, np.arange(new) < self.lengths[:, None]], 1)
-        hidden, weights = read_states(model, params, self.sequences, real, new, size, hidden_states, attentions)
-        return self.replace(hidden_states=hidden, attentions=weights)  # type: ignore[attr-defined]
+        found = read_states(model, params, self.sequences, real, new, size, states, weights, source)
+        return self.replace(**found)  # type: ignore[attr-defined]
 
     @property
     def past_key_values(self) -> TurnCache | None:
@@ -161,7 +167,7 @@ def generate(
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
     check(config, model.config, streamer)
     if config.output_hidden_states or config.output_attentions:
-        check_states(model.config, cache)
+        check_states(cache)
     kept = _kept(config, cache)
     if config.token_healing:
         again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
@@ -197,7 +203,8 @@ def generate(
     slots = max(bucket(used + P + limit - (not contrastive(config))), 0 if cache is None else cache.slots, config.max_cache_len or 0)
     widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
-    source = None if source is None else tuple(widen(x, bucket(x.shape[1])) for x in source)
+    width = 0 if source is None else source[0].shape[1]
+    source = None if source is None else tuple(widen(x, bucket(width)) for x in source)
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
@@ -222,7 +229,9 @@ def generate(
         output = _output(ids, state, report, limit, pad)
     if not (config.output_hidden_states or config.output_attentions):
         return output
-    return output.with_states(model, params, real, bucket(T + limit - 1), bool(config.output_hidden_states), bool(config.output_attentions))
+    states, weights = bool(config.output_hidden_states), bool(config.output_attentions)
+    source = None if source is None else (*source, width)
+    return output.with_states(model, params, real, bucket(T + limit - 1), states, weights, source)
 
 
 def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Array, jax.Array] | None = None) -> Forward:

@@ -17,6 +17,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from jaxmodels.ops.slots import at_layer, kv_axes, put_layer, resized, swap_heads, write_slots
+
 MOVED = 16  # slots that `reorder` moves at a time
 
 
@@ -31,21 +33,21 @@ class KV(struct.PyTreeNode):
     @property
     def axes(self) -> KV:
         """The logical axes of every leaf, a leading L aside."""
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return KV(axes, None if self.v is None else axes, self.heads_first)  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
-        write = lambda old, new: _write_slots(old, new, step.index, self.heads_first, step.layer)
+        write = lambda old, new: write_slots(old, new, step.index, self.heads_first, step.layer)
         state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))  # type: ignore[arg-type]
         if not step.fresh:
-            k, v = jax.tree.map(lambda x: _swap(_at(x, step.layer), self.heads_first), (state.k, state.v))
+            k, v = jax.tree.map(lambda x: swap_heads(at_layer(x, step.layer), self.heads_first), (state.k, state.v))
         return state, k, v, step.key_positions
 
     def resize(self, slots: int) -> KV:
         """The same tokens in `slots` slots; dropped are the last ones."""
         axis = self.k.ndim - 2 if self.heads_first else self.k.ndim - 3
-        return jax.tree.map(lambda x: _resize(x, slots, axis), self)
+        return jax.tree.map(lambda x: resized(x, slots, axis), self)
 
     def take(self, rows: jax.Array) -> KV:
         """The rows [B'] of the batch, in that order."""
@@ -80,7 +82,7 @@ class SlidingKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> SlidingKV:
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return self._with(axes, axes, ("batch", None), ("batch",), ())  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[SlidingKV, jax.Array, jax.Array, jax.Array]:
@@ -95,8 +97,8 @@ class SlidingKV(struct.PyTreeNode):
         return self._fill(k, v, positions, step.layer), k, v, positions
 
     def _tokens(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
-        return k, v, _at(self.positions, layer)
+        k, v = (swap_heads(at_layer(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, at_layer(self.positions, layer)
 
     def _fill(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> SlidingKV:
         """The newest W real tokens of k, v [B,T,K,H] at positions [B,T], oldest first."""
@@ -104,10 +106,10 @@ class SlidingKV(struct.PyTreeNode):
         k, v = (jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0))) for x in (k, v))
         positions = jnp.pad(positions, ((0, 0), (missing, 0)), constant_values=-1)
         newest = jnp.argsort(positions, 1)[:, -self.positions.shape[-1] :]
-        k, v = (_swap(jnp.take_along_axis(x, newest[..., None, None], 1), self.heads_first) for x in (k, v))
+        k, v = (swap_heads(jnp.take_along_axis(x, newest[..., None, None], 1), self.heads_first) for x in (k, v))
         new = (k, v, jnp.take_along_axis(positions, newest, 1), jnp.zeros(len(newest), bool), jnp.int32(0))
         old = (self.k, self.v, self.positions, self.skipped, self.next)
-        return self._with(*(_put(a, b, layer) for a, b in zip(old, new)))
+        return self._with(*(put_layer(a, b, layer) for a, b in zip(old, new)))
 
     def _with(self, *leaves: jax.Array) -> SlidingKV:
         k, v, positions, skipped, next = leaves
@@ -116,9 +118,9 @@ class SlidingKV(struct.PyTreeNode):
     def _turn(self, k: jax.Array, v: jax.Array, step: Any) -> SlidingKV:
         """One token a row, in place. A row whose token is padding keeps what it has."""
         real, layer = step.positions[:, 0] >= 0, step.layer
-        late = jnp.any(_at(self.skipped, layer) & real)  # a row goes on after padding: only then its columns are out of order
+        late = jnp.any(at_layer(self.skipped, layer) & real)  # a row goes on after padding: only then its columns are out of order
         state = lax.cond(late, lambda state: state._fill(*state._tokens(layer), layer), lambda state: state, self)
-        column = _at(state.next, layer)
+        column = at_layer(state.next, layer)
 
         def write(ring: jax.Array, new: jax.Array, axis: int) -> jax.Array:
             start, shape = [jnp.int32(0)] * new.ndim, new.shape
@@ -131,11 +133,11 @@ class SlidingKV(struct.PyTreeNode):
 
         axis = 2 if self.heads_first else 1
         return self._with(
-            write(state.k, _swap(k, self.heads_first), axis),
-            write(state.v, _swap(v, self.heads_first), axis),
+            write(state.k, swap_heads(k, self.heads_first), axis),
+            write(state.v, swap_heads(v, self.heads_first), axis),
             write(state.positions, step.positions, 1),
-            _put(state.skipped, _at(state.skipped, layer) | ~real, layer),
-            _put(state.next, (column + 1) % self.positions.shape[-1], layer),
+            put_layer(state.skipped, at_layer(state.skipped, layer) | ~real, layer),
+            put_layer(state.next, (column + 1) % self.positions.shape[-1], layer),
         )
 
     def resize(self, slots: int) -> SlidingKV:
@@ -176,7 +178,7 @@ class CrossKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> CrossKV:
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return CrossKV(axes, axes, ("batch", None), self.heads_first)  # type: ignore[arg-type]
 
     @property
@@ -191,13 +193,15 @@ class CrossKV(struct.PyTreeNode):
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> CrossKV:
         """Take in k, v [B,S,K,H] at positions [B,S]."""
-        k, v = (_swap(x, self.heads_first) for x in (k, v))
-        return self.replace(k=_put(self.k, k, layer), v=_put(self.v, v, layer), positions=_put(self.positions, positions, layer))
+        k, v = (swap_heads(x, self.heads_first) for x in (k, v))
+        return self.replace(
+            k=put_layer(self.k, k, layer), v=put_layer(self.v, v, layer), positions=put_layer(self.positions, positions, layer)
+        )
 
     def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys, values [B,S,K,H] and positions [B,S]."""
-        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
-        return k, v, _at(self.positions, layer)
+        k, v = (swap_heads(at_layer(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, at_layer(self.positions, layer)
 
     def take(self, rows: jax.Array) -> CrossKV:
         return jax.tree.map(lambda x: jnp.take(x, rows, self.positions.ndim - 2), self)
@@ -243,10 +247,10 @@ class Recurrent(struct.PyTreeNode):
         """The windows and the state; None each where nothing was written yet."""
         if step.fresh:
             return (None,) * len(self.windows), None
-        return tuple(_at(x, step.layer) for x in self.windows), _at(self.state, step.layer)
+        return tuple(at_layer(x, step.layer) for x in self.windows), at_layer(self.state, step.layer)
 
     def write(self, windows: Sequence[jax.Array], state: jax.Array, step: Any) -> Recurrent:
-        put = lambda old, new: _put(old, new, step.layer)
+        put = lambda old, new: put_layer(old, new, step.layer)
         return self.replace(windows=tuple(map(put, self.windows, windows)), state=put(self.state, state))
 
     def resize(self, slots: int) -> Recurrent:
@@ -289,7 +293,7 @@ class Cache(struct.PyTreeNode):
     def resize(self, slots: int) -> Cache:
         """Room for `slots` slots in all; a smaller number drops the last slots."""
         layers = tuple(state.resize(slots) for state in self.layers)
-        return self.replace(layers=layers, positions=_resize(self.positions, slots, 1, -1), index=jnp.minimum(self.index, slots))
+        return self.replace(layers=layers, positions=resized(self.positions, slots, 1, -1), index=jnp.minimum(self.index, slots))
 
     def take(self, rows: jax.Array) -> Cache:
         """The rows [B'] of the batch, in that order, repeats allowed: beams, several samples of a prompt."""
@@ -456,40 +460,3 @@ def cache_shardings(cache: Cache, rules: Any) -> Cache:
 
     layers = tuple(map(places, cache.layers))
     return cache.replace(layers=layers, positions=place(cache.positions, ("batch", None)), index=place(cache.index, ()))
-
-
-def _kv_axes(heads_first: bool) -> tuple[str | None, ...]:
-    return ("batch", "act_kv_heads", None, None) if heads_first else ("batch", None, "act_kv_heads", None)
-
-
-def _swap(x: jax.Array, heads_first: bool) -> jax.Array:
-    """Between [B,S,K,H], as attention takes it, and the memory layout."""
-    return jnp.swapaxes(x, 1, 2) if heads_first else x
-
-
-def _at(x: jax.Array, layer: jax.Array | None) -> jax.Array:
-    return x if layer is None else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-
-
-def _put(x: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
-    return new.astype(x.dtype) if layer is None else lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, 0)
-
-
-def _write_slots(x: jax.Array, new: jax.Array, start: Any, heads_first: bool, layer: jax.Array | None) -> jax.Array:
-    """x with new [B,T,K,H] in the slots from `start` on, in x's memory."""
-    new, axis = _swap(new, heads_first).astype(x.dtype), 2 if heads_first else 1
-    if (space := jax.typeof(x).memory_space) != jax.typeof(new).memory_space:
-        new = jax.device_put(new, space)
-    if layer is None:
-        return lax.dynamic_update_slice_in_dim(x, new, start, axis)
-    place = [layer, 0, 0, 0, 0]
-    place[axis + 1] = start
-    return lax.dynamic_update_slice(x, new[None], place)
-
-
-def _resize(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
-    if size <= x.shape[axis]:
-        return lax.slice_in_dim(x, 0, size, axis=axis)
-    pad = [(0, 0, 0)] * x.ndim
-    pad[axis] = (0, size - x.shape[axis], 0)
-    return lax.pad(x, jnp.asarray(fill, x.dtype), pad)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxmodels.cache import KV, KVSpec, LayerSpec, _at, _write_slots
+from jaxmodels.cache import KV, KVSpec, LayerSpec
+from jaxmodels.ops.slots import at_layer, write_slots
 
 BLOCK = 16  # slots that go to the host together: a TPU sends whole tiles
 
@@ -54,10 +55,10 @@ class OffloadedKV(struct.PyTreeNode):
 
         def write(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
             if step.fresh:
-                return _write_slots(old, jnp.pad(new, ((0, 0), (0, size - T), (0, 0), (0, 0))), 0, False, step.layer), new
-            whole = to_device(_at(old, step.layer))
+                return write_slots(old, jnp.pad(new, ((0, 0), (0, size - T), (0, 0), (0, 0))), 0, False, step.layer), new
+            whole = to_device(at_layer(old, step.layer))
             whole = lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), step.index, 1)
-            return _write_slots(old, lax.dynamic_slice_in_dim(whole, start, size, 1), start, False, step.layer), whole
+            return write_slots(old, lax.dynamic_slice_in_dim(whole, start, size, 1), start, False, step.layer), whole
 
         new_k, k = write(kv.k, k)
         new_v, v = (None, None) if v is None else write(kv.v, v)  # type: ignore[arg-type]

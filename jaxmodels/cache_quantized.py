@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxmodels.cache import KVSpec, LayerSpec, _at, _kv_axes, _put, _resize, _swap, _write_slots
+from jaxmodels.cache import KVSpec, LayerSpec
+from jaxmodels.ops.slots import at_layer, kv_axes, put_layer, resized, swap_heads, write_slots
 
 BACKENDS = {"quanto": {0: False, -1: True}, "hqq": {1: False, 0: True}}  # how they call grouping by channel
 
@@ -101,7 +102,9 @@ class Store(struct.PyTreeNode):
 
     def read(self, columns: jax.Array, layer: jax.Array | None, heads_first: bool) -> jax.Array:
         """All slots [B,S,K,H], those of `columns` [R] in full."""
-        codes, least, scale, recent = (_swap(_at(x, layer), heads_first) for x in (self.codes, self.least, self.scale, self.recent))
+        codes, least, scale, recent = (
+            swap_heads(at_layer(x, layer), heads_first) for x in (self.codes, self.least, self.scale, self.recent)
+        )
         x = dequantize(codes, least, scale, self.nbits, self.by_channel, recent.shape[-1]).astype(recent.dtype)
         blocks = x.reshape(x.shape[0], -1, *recent.shape[1:])  # [B,S/R,R,K,H]
         full = columns == jnp.arange(x.shape[1]).reshape(-1, len(columns))  # [S/R,R]
@@ -119,27 +122,27 @@ class Store(struct.PyTreeNode):
 
         def put(old: jax.Array, new: jax.Array, slots: int) -> jax.Array:
             """Units of `slots` slots; those before the first stay."""
-            was = lax.dynamic_slice_in_dim(_swap(_at(old, step.layer), heads_first), start * slots, units * slots, 1)
+            was = lax.dynamic_slice_in_dim(swap_heads(at_layer(old, step.layer), heads_first), start * slots, units * slots, 1)
             keep = (start + jnp.arange(units * slots) // slots < first)[:, None, None]
-            return _write_slots(old, jnp.where(keep, was, new.astype(old.dtype)), start * slots, heads_first, step.layer)
+            return write_slots(old, jnp.where(keep, was, new.astype(old.dtype)), start * slots, heads_first, step.layer)
 
         few = G // self.group if self.by_channel else G
         codes, least, scale = (
             put(old, new, n) for old, new, n in zip((self.codes, self.least, self.scale), parts, (G, few, few), strict=True)
         )
         if T == 1:
-            recent = _write_slots(self.recent, new, step.index % len(columns), heads_first, step.layer)
+            recent = write_slots(self.recent, new, step.index % len(columns), heads_first, step.layer)
         else:
-            old = _swap(_at(self.recent, step.layer), heads_first)
+            old = swap_heads(at_layer(self.recent, step.layer), heads_first)
             chosen = jnp.take(new, jnp.clip(columns - step.index, 0, T - 1), axis=1)
             kept = jnp.where((columns >= step.index)[:, None, None], chosen.astype(old.dtype), old)
-            recent = _put(self.recent, _swap(kept, heads_first), step.layer)
+            recent = put_layer(self.recent, swap_heads(kept, heads_first), step.layer)
         return self.replace(codes=codes, least=least, scale=scale, recent=recent)
 
     def resize(self, slots: int, heads_first: bool) -> Store:
         axis = self.codes.ndim - (2 if heads_first else 3)
         few = slots // self.group if self.by_channel else slots
-        sized = lambda x, n: _resize(x, n, axis)
+        sized = lambda x, n: resized(x, n, axis)
         return self.replace(codes=sized(self.codes, slots), least=sized(self.least, few), scale=sized(self.scale, few))
 
 
@@ -154,13 +157,13 @@ class QuantizedKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> QuantizedKV:
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         named = lambda store: None if store is None else store.replace(codes=axes, least=axes, scale=axes, recent=axes)
         return QuantizedKV(named(self.k), named(self.v), (None,), self.heads_first)  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[QuantizedKV, jax.Array, Any, jax.Array]:
         """As KV's: the new tokens see themselves and the newest slots before them in full, older ones as their codes say."""
-        T, layer, columns = k.shape[1], step.layer, _at(self.columns, step.layer)
+        T, layer, columns = k.shape[1], step.layer, at_layer(self.columns, step.layer)
         S = self.k.codes.shape[-2 if self.heads_first else -3]
         last = step.index + T - 1
         held = last - (last - jnp.arange(len(columns))) % len(columns)  # the newest slot for every place
@@ -178,7 +181,7 @@ class QuantizedKV(struct.PyTreeNode):
 
         new_k, k = one(self.k, k)
         new_v, v = (None, None) if self.v is None else one(self.v, v)  # type: ignore[arg-type]
-        return QuantizedKV(new_k, new_v, _put(self.columns, after, layer), self.heads_first), k, v, step.key_positions
+        return QuantizedKV(new_k, new_v, put_layer(self.columns, after, layer), self.heads_first), k, v, step.key_positions
 
     def resize(self, slots: int) -> QuantizedKV:
         R = self.columns.shape[-1]

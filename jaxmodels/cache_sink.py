@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxmodels.cache import KVSpec, LayerSpec, SlidingKV, SlidingKVSpec, _at, _kv_axes, _put, _swap
+from jaxmodels.cache import KVSpec, LayerSpec, SlidingKV, SlidingKVSpec
 from jaxmodels.ops.attention import attention, visible
 from jaxmodels.ops.rope import rope_table, rotate
+from jaxmodels.ops.slots import at_layer, kv_axes, put_layer, swap_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class SinkKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> SinkKV:
-        axes = _kv_axes(self.ring.heads_first)
+        axes = kv_axes(self.ring.heads_first)
         return SinkKV(axes, axes, self.ring.axes, self.sinks)  # type: ignore[arg-type]
 
     @property
@@ -79,17 +80,17 @@ class SinkKV(struct.PyTreeNode):
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             chosen = jnp.take_along_axis(new, first.argmax(-1)[..., None, None], 1).astype(old.dtype)
-            before = _swap(_at(old, step.layer), self.ring.heads_first)
-            return _put(old, _swap(jnp.where(first.any(-1)[..., None, None], chosen, before), self.ring.heads_first), step.layer)
+            before = swap_heads(at_layer(old, step.layer), self.ring.heads_first)
+            return put_layer(old, swap_heads(jnp.where(first.any(-1)[..., None, None], chosen, before), self.ring.heads_first), step.layer)
 
         ring, keys, values, positions = self.ring.update(rotated, v, step)
         return SinkKV(write(self.k, k), write(self.v, v), ring, self.sinks), keys, values, jnp.where(positions < self.sinks, -1, positions)
 
     def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys, values [B,n,K,H] and positions [B,n] of the first tokens."""
-        k, v = (_swap(_at(x, layer), self.ring.heads_first) for x in (self.k, self.v))
+        k, v = (swap_heads(at_layer(x, layer), self.ring.heads_first) for x in (self.k, self.v))
         places = jnp.arange(self.sinks)
-        return k, v, jnp.where(places <= _at(self.ring.positions, layer).max(1, keepdims=True), places, -1)
+        return k, v, jnp.where(places <= at_layer(self.ring.positions, layer).max(1, keepdims=True), places, -1)
 
     def resize(self, slots: int) -> SinkKV:
         return self.replace(ring=self.ring.resize(slots))
