@@ -230,8 +230,8 @@ def generate(
     if not (config.output_hidden_states or config.output_attentions):
         return output
     states, weights = bool(config.output_hidden_states), bool(config.output_attentions)
-    source = None if source is None else (*source, width)
-    return output.with_states(model, params, real, bucket(T + limit - 1), states, weights, source)
+    read = None if source is None else (*source, width)
+    return output.with_states(model, params, real, bucket(T + limit - 1), states, weights, read)
 
 
 def _forward(model: Any, params: Any, strategy: Strategy, source: tuple[jax.Array, jax.Array] | None = None) -> Forward:
@@ -343,12 +343,15 @@ def _columns(x: jax.Array) -> jax.Array:
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
-    if last is not None and last[0].ndim == 2:
-        kept = _before_beams(kept, ids, len(last[0]), state.sequences.new - 1)
-    elif last is not None and len(kept.positions) > len(last[0]):
-        kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
-    cache = None if last is None or kept is None or recomputes(kept) else _turn(kept, *last)
+    kept: Any = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
+    rows = len(last[0])
+    if recomputes(kept):
+        kept = None
+    elif last[0].ndim == 2:
+        kept = _before_beams(kept, ids, rows, state.sequences.new - 1)
+    elif len(kept.positions) > rows:
+        kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // rows))
+    cache = None if kept is None else _turn(kept, *last)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:

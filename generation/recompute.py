@@ -46,7 +46,7 @@ def reread(model: Any, params: Any, cache: Cache, tokens: jax.Array, real: jax.A
     turned = lambda x: jnp.roll(x, -after.index, 1)
     inputs = _inputs(turned(ids), turned(after.positions >= 0), "decoder_" if model.config.is_encoder_decoder else "")
     source = cache.layers[0].source
-    inputs |= {} if source is None else _inputs(*source, "")
+    inputs |= {} if source is None else _inputs(source[0], source[1], "")
     return model.apply({"params": params}, **inputs, **options), after.replace(layers=(Transcript(ids, source),))
 
 

@@ -57,7 +57,7 @@ class Result:
     real: jax.Array
     first: jax.Array
     new: jax.Array
-    last: tuple[jax.Array, jax.Array] | None = None
+    last: tuple[jax.Array, jax.Array]
     sequences_scores: jax.Array | None = None
     beam_indices: jax.Array | None = None
 

@@ -35,7 +35,7 @@ def write_slots(x: jax.Array, new: jax.Array, start: Any, heads_first: bool, lay
         new = jax.device_put(new, space)
     if layer is None:
         return lax.dynamic_update_slice_in_dim(x, new, start, axis)
-    place = [layer, 0, 0, 0, 0]
+    place: list[Any] = [layer, 0, 0, 0, 0]
     place[axis + 1] = start
     return lax.dynamic_update_slice(x, new[None], place)
 
