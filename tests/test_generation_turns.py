@@ -59,7 +59,7 @@ def test_a_call_goes_on_where_the_last_one_stopped():
         assert first.sequences[row, T:].tolist() + more.sequences[row].tolist() == torch_greedy(row)[:20]
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "offloaded"}, {"guidance_scale": 1.5}], ids=str)
+@pytest.mark.parametrize("options", [{"cache_implementation": "offloaded"}, {"guidance_scale": 1.5}], ids=str)
 def test_a_turn_after_beams(options):
     """The best hypotheses of every row, some ended early; what follows is what their whole texts give."""
     ids, mask = (x[1:3, -60:] for x in prompts())
@@ -98,7 +98,7 @@ def test_a_shared_prompt_is_read_once():
         assert answers(out, 8)[row] == torch_row(prompt + questions[row][real[row] == 1].tolist(), new=12, eos_token_id=None)
 
 
-@pytest.mark.parametrize("made", [None, "offloaded", QuantizedCache(2, q_group_size=12, residual_length=96), SinkCache(96)], ids=str)
+@pytest.mark.parametrize("made", [None, QuantizedCache(2, q_group_size=12, residual_length=96), SinkCache(96)], ids=str)
 def test_a_cropped_cache_is_a_shorter_one(made):
     """Ragged rows cropped to as many tokens, and by as many; what is said next is what a cache of the shorter texts says."""
     model, params = ours()
