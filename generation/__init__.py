@@ -46,11 +46,13 @@ from jaxmodels.generation.sampling import Sampling, State, Strategy
 from jaxmodels.generation.scores import compute_transition_scores
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.streamers import TextIteratorStreamer, TextStreamer
+from jaxmodels.generation.synthid import BayesianDetector, SynthIDTextWatermarkDetector
 from jaxmodels.generation.watermark import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkDetectorOutput, WatermarkingConfig
 
 __all__ = [
     "Assistance",
     "Assisted",
+    "BayesianDetector",
     "BeamSearch",
     "ConstrainedBeamSearch",
     "ContrastiveSearch",
@@ -89,6 +91,7 @@ __all__ = [
     "Strategy",
     "SuppressTokens",
     "SuppressTokensAtBegin",
+    "SynthIDTextWatermarkDetector",
     "SynthIDTextWatermarkingConfig",
     "Temperature",
     "TextIteratorStreamer",

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.cache import KV, EncoderDecoderKV, Recurrent, SlidingKV
+from jaxmodels.caches import cache_implementation
 from jaxmodels.generation.assisted import Drafter, Memory
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.drafts import DraftModel, PromptLookup
@@ -36,6 +38,10 @@ def build_drafter(
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} are both set: tokens are drafted in one way; choose one")
     _check(config, names[0])
+    if cache is not None and not all(isinstance(state, KV | SlidingKV | Recurrent | EncoderDecoderKV) for state in cache.layers):
+        raise ValueError(
+            f"{names[0]} takes drafts back, which the cache's states cannot: begin with a cache of init_cache(model, …) as it is"
+        )
     if asked["prompt_lookup_num_tokens"]:
         if config.assistant_ensemble_weight is not None:
             raise ValueError("assistant_ensemble_weight weighs an assistant's probabilities, and prompt_lookup_num_tokens has none")
@@ -72,6 +78,7 @@ def _check(config: Any, name: str) -> None:
         f"penalty_alpha={config.penalty_alpha} and top_k={config.top_k}": bool(config.penalty_alpha and config.top_k > 1)
         and not config.do_sample,
         "use_cache=False": config.use_cache is False,
+        f"cache_implementation={config.cache_implementation!r}": cache_implementation(config.cache_implementation, None) is not None,
     }
     found = [words for words, active in other.items() if active]
     if found:

@@ -184,4 +184,5 @@ class BeamSearch:
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         real = flat(best.beams) >= 0
         tokens = jnp.where(real, flat(best.tokens), self.pad_token_id)
-        return Result(tokens, real, jnp.int32(0), real.sum(1).max(), sequences_scores=flat(best.scores), beam_indices=flat(best.beams))
+        new, scores, beams = real.sum(1).max(), flat(best.scores), flat(best.beams)
+        return Result(tokens, real, jnp.int32(0), new, (tokens, real), sequences_scores=scores, beam_indices=beams)

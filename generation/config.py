@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+from flax.core import FrozenDict
 
+from jaxmodels.caches import NAMES as CACHES
 from jaxmodels.config import read_json
 from jaxmodels.generation.watermark import as_watermarking_config
 
@@ -25,7 +27,6 @@ FILE_NAME = "generation_config.json"
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
     "speculation_type": (None,),
-    "cache_implementation": (None, "dynamic", "static", "hybrid"),
 }
 
 # What only sampling, and only beams, look at, and the values at which it does nothing.
@@ -98,6 +99,10 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "bos_token_id": (lambda x: _whole(x), "an integer"),
     "eos_token_id": (lambda x: _whole(x) or (isinstance(x, tuple) and x and all(map(_whole, x))), "an integer or a list of integers"),
     "early_stopping": (lambda x: isinstance(x, bool) or x == "never", "True, False or 'never'"),
+    "use_cache": (lambda x: isinstance(x, bool), "True or False"),
+    "cache_implementation": (lambda x: x in CACHES, f"one of {', '.join(CACHES)}"),
+    "cache_config": (lambda x: isinstance(x, Mapping), "a dictionary of the cache_implementation's options"),
+    "max_cache_len": (lambda x: _whole(x) and x > 0, "an integer above 0"),
 }
 
 
@@ -317,12 +322,15 @@ def _freeze(value: Any) -> Any:
         return value
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, Mapping):
+        return FrozenDict({k: _freeze(v) for k, v in value.items()})
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _thaw(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
         return {k: _thaw(v) for k, v in value.items()}
     return [_thaw(v) for v in value] if isinstance(value, tuple) else value
 

@@ -20,7 +20,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxmodels.cache import Cache, init_cache
+from jaxmodels.cache import KV, Cache, init_cache
+from jaxmodels.cache_offloaded import OffloadedKV
+from jaxmodels.caches import cache_implementation
 from jaxmodels.generation.assistants import ROUNDS, build_drafter, build_reencoder, recall
 from jaxmodels.generation.assisted import Assistance, Assisted, Memory, Progress
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
@@ -30,6 +32,7 @@ from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, 
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
 from jaxmodels.generation.processors import Sequences, build_processors
+from jaxmodels.generation.recompute import recomputes, reread, transcript
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy, reader
 from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
@@ -45,7 +48,8 @@ SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
 
 class TurnCache(Cache, kw_only=True):
     """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
-    `generate` with this cache does so first, a loop of one's own must. `memory`: what a draft model has read."""
+    `generate` with this cache does so first, a loop of one's own must. After beam search nothing of the answer is read: both [B,N].
+    `memory`: what a draft model has read."""
 
     token: jax.Array
     unread: jax.Array
@@ -57,6 +61,9 @@ class TurnCache(Cache, kw_only=True):
     def take(self, rows: jax.Array) -> TurnCache:
         taken = self.plain().take(rows)
         return _turn(taken, self.token[rows], self.unread[rows], None if self.memory is None else self.memory.take(rows))
+
+    def crop(self, max_length: int) -> Cache:
+        return self.plain().crop(max_length)  # of what was read: the newest token goes in any case
 
     def plain(self) -> Cache:
         return Cache(self.layers, self.positions, self.index)
@@ -70,9 +77,9 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | No
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn; None after beam search, whose rows hold other hypotheses. `lengths` [B*R] int32: new tokens of each row, its
-    end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams.
-    `assistance`: how drafts did, of assisted decoding."""
+    next turn; None without one, and after beam search where layers look back over a window, recur or round. `lengths` [B*R] int32: new
+    tokens of each row, its end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a
+    row's end: of beams. `assistance`: how drafts did, of assisted decoding. States and attentions: see read_states."""
 
     sequences: Any
     scores: Any = None
@@ -84,15 +91,20 @@ class GenerateOutput(ModelOutput):
     assistance: Assistance | None = None
     hidden_states: Any = None
     attentions: Any = None
+    decoder_hidden_states: Any = None
+    decoder_attentions: Any = None
+    cross_attentions: Any = None
+    encoder_hidden_states: Any = None
+    encoder_attentions: Any = None
 
-    def with_states(self, model: Any, params: Any, real: Any, size: int, hidden_states: bool, attentions: bool) -> GenerateOutput:
-        """With `hidden_states` and `attentions` as read_states gives them; `real` [B,T] of the prompt, `size` a bucket for all columns."""
+    def with_states(self, model: Any, params: Any, real: Any, size: int, states: bool, weights: bool, source: Any) -> GenerateOutput:
+        """With the fields that read_states gives; `real` [B,T] of the prompt, `size` a bucket for all columns, `source` see there."""
         new = self.sequences.shape[1] - real.shape[1]
         xp: Any = jnp if isinstance(self.lengths, jax.core.Tracer) else np
         real = xp.repeat(xp.asarray(real), len(self.sequences) // len(real), 0)
         real = xp.concatenate([real, np.arange(new) < self.lengths[:, None]], 1)
-        hidden, weights = read_states(model, params, self.sequences, real, new, size, hidden_states, attentions)
-        return self.replace(hidden_states=hidden, attentions=weights)  # type: ignore[attr-defined]
+        found = read_states(model, params, self.sequences, real, new, size, states, weights, source)
+        return self.replace(**found)  # type: ignore[attr-defined]
 
     @property
     def past_key_values(self) -> TurnCache | None:
@@ -165,7 +177,8 @@ def generate(
     check(config, model.config, streamer)
     drafter = build_drafter(config, model, params, assistant_model, (tokenizer, assistant_tokenizer), cache)
     if config.output_hidden_states or config.output_attentions:
-        check_states(model.config, cache)
+        check_states(cache)
+    kept = _kept(config, cache)
     if config.token_healing:
         again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
         input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
@@ -196,14 +209,15 @@ def generate(
 
     if isinstance(cache, TurnCache):
         cache = cache.replace(memory=recall(drafter, cache.memory))  # type: ignore[attr-defined]
-    unread = int(isinstance(cache, TurnCache))
+    unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     room = limit - (not contrastive(config)) + (0 if drafter is None else ROUNDS * drafter.columns)
-    slots = max(bucket(used + P + room), 0 if cache is None else cache.slots)
+    slots = max(bucket(used + P + room), 0 if cache is None else cache.slots, config.max_cache_len or 0)
     widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
-    source = None if source is None else tuple(widen(x, bucket(x.shape[1])) for x in source)
+    width = 0 if source is None else source[0].shape[1]
+    source = None if source is None else tuple(widen(x, bucket(width)) for x in source)
     eos = _eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
@@ -219,7 +233,7 @@ def generate(
         state, report = _prefill(
             model, params, strategy, ids_wide, real_wide, source, cache, np.int32(T),
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
-            slots=slots, steps=bucket(limit) if any(record) else 0, record=record,
+            slots=slots, steps=bucket(limit) if any(record) else 0, record=record, kept=kept,
         )  # fmt: skip
         reencode = None
         if assistant_tokenizer is not None:
@@ -231,37 +245,44 @@ def generate(
         output = _output(ids, state, report, limit, pad)
     if not (config.output_hidden_states or config.output_attentions):
         return output
-    return output.with_states(model, params, real, bucket(T + limit - 1), bool(config.output_hidden_states), bool(config.output_attentions))
+    states, weights = bool(config.output_hidden_states), bool(config.output_attentions)
+    read = None if source is None else (*source, width)
+    return output.with_states(model, params, real, bucket(T + limit - 1), states, weights, read)
 
 
 def _forward(model: Any, params: Any, strategy: Strategy, source: Any = None, logits_to_keep: int = 1) -> Forward:
     read, more = reader(model, params, source), {"output_hidden_states": True} if strategy.hidden_states else {}
 
     def forward(tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
+        if recomputes(cache):
+            out, cache = reread(model, params, cache, tokens, real, logits_to_keep=1, **more)
+            return strategy.look(model, params, out), cache
         out = read(tokens, real, cache, logits_to_keep=logits_to_keep, **more)
         return strategy.look(model, params, out), out.cache
 
     return guided(forward)
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "steps", "record"))
+@partial(jax.jit, static_argnames=("model", "slots", "steps", "record", "kept"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, source: Any, cache: Cache | None, length: jax.Array,
     negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
+    kept: Any,
 ) -> tuple[State, Report]:  # fmt: skip
-    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies."""
+    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: see _kept."""
     memory = None
     if isinstance(cache, TurnCache):
-        ids = jnp.concatenate([cache.token[:, None], ids], 1)
-        real = jnp.concatenate([cache.unread[:, None], real], 1)
+        ids = jnp.concatenate([_columns(cache.token), ids], 1)
+        real = jnp.concatenate([_columns(cache.unread), real], 1)
         memory, cache = cache.memory, cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
     forward = _forward(model, params, strategy, source)
+    empty = lambda rows: transcript(rows, slots, source) if kept is False else init_cache(model, rows, slots, implementation=kept)
     if negative is None:
-        seen, cache = forward(ids, real, init_cache(model, B, slots) if cache is None else cache.resize(slots))
+        seen, cache = forward(ids, real, empty(B) if cache is None else cache.resize(slots))
     else:
-        seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), init_cache(model, 2 * B, slots))
+        seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), empty(2 * B))
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
         seen, ids, real = jax.tree.map(lambda x: x[rows], (seen, ids, real))
@@ -320,14 +341,34 @@ def _chunks(
             streamer.end()
 
 
+def _before_beams(cache: Cache, ids: Any, rows: int, read: jax.Array) -> Cache | None:
+    """What `rows` results have in common: the cache of beams without the `read` tokens that they read since the prompt; None where these
+    have driven out or rounded older ones."""
+    if not all(isinstance(getattr(state, "own", state), KV | OffloadedKV) for state in cache.layers):
+        return None
+    beams = len(cache.positions) // len(ids)
+    taken = cache.take(jnp.repeat(jnp.arange(0, len(cache.positions), beams), rows // len(ids)))
+    return taken.rewind(taken.lengths - read, taken.index - read)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[B,U] of [B,U] or [B]."""
+    return x[:, None] if x.ndim == 1 else x
+
+
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    kept = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
-    if last is not None and len(kept.positions) > len(last[0]):
-        kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // len(last[0])))
+    kept: Any = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
+    rows = len(last[0])
+    if recomputes(kept):
+        kept = None
+    elif last[0].ndim == 2:
+        kept = _before_beams(kept, ids, rows, state.sequences.new - 1)
+    elif len(kept.positions) > rows:
+        kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // rows))
     memory = state.extra.memory if isinstance(state.extra, Progress) else None
-    cache = None if last is None else _turn(kept, *last, memory)
+    cache = None if kept is None else _turn(kept, *last, memory)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
@@ -369,10 +410,23 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
     if cache is not None and cache.positions.shape[0] != B:
         raise ValueError(f"the cache holds {cache.positions.shape[0]} rows and input_ids {B}; repeat rows of a cache with cache.take(rows)")
     if not traced and not (cache is not None and isinstance(cache.positions, jax.core.Tracer)):
-        ready = real.any(1) | (np.asarray(cache.unread) if isinstance(cache, TurnCache) else False)
+        ready = real.any(1) | (np.asarray(_columns(cache.unread)).any(1) if isinstance(cache, TurnCache) else False)
         if not ready.all():
             raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
     return ids.astype(np.int32), real
+
+
+def _kept(config: GenerationConfig, cache: Cache | None) -> Any:
+    """How a new cache is kept, as jaxmodels.caches says; False for no cache at all."""
+    made = cache_implementation(config.cache_implementation, config.cache_config)
+    if cache is not None and (made is not None or config.use_cache is False):
+        found = f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}"
+        raise ValueError(f"{found} beside a cache, which is kept as it was made: leave out the options or the cache")
+    if config.use_cache is False and made is not None:
+        warnings.warn(f"use_cache=False: cache_implementation={config.cache_implementation!r} is without effect", stacklevel=3)
+    if config.use_cache is False and contrastive(config):
+        raise ValueError("use_cache=False: contrastive search copies what it has read of a candidate; leave out use_cache or penalty_alpha")
+    return False if config.use_cache is False else made
 
 
 def _new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:

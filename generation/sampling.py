@@ -58,14 +58,15 @@ class State:
 class Result:
     """What a strategy would return now: the `new` columns of tokens and real [R,W] from column `first` on.
 
-    `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; None where the cache's rows are
-    not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams. `assistance`: see Assistance."""
+    `last`: the newest token of each row of the cache and whether it is real, [B] each, for a next turn; all new tokens [R,N] where the
+    cache's rows are not those of the result. `sequences_scores` [R] and `beam_indices` [R,N] as HF defines them, of beams. `assistance`:
+    see Assistance."""
 
     tokens: jax.Array
     real: jax.Array
     first: jax.Array
     new: jax.Array
-    last: tuple[jax.Array, jax.Array] | None = None
+    last: tuple[jax.Array, jax.Array]
     sequences_scores: jax.Array | None = None
     beam_indices: jax.Array | None = None
     assistance: Any = None

@@ -14,38 +14,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Steps = tuple[tuple[Any, ...], ...]
-
 
 def read_states(
-    model: Any, params: Any, sequences: Any, real: Any, new: int, size: int, hidden_states: bool, attentions: bool
-) -> tuple[Steps | None, Steps | None]:
+    model: Any, params: Any, sequences: Any, real: Any, new: int, size: int, hidden_states: bool, attentions: bool, source: Any
+) -> dict[str, Any]:
     """HF's hidden_states and attentions of sequences [R,T+N], of which `real` [R,T+N] is no padding, the last `new` columns generated.
 
     Each is a tuple over the N steps of tuples over layers (of hidden states one more, the embeddings first): [R,T,D] and [R,H,T,T] at
-    the first step, which read the prompt, then [R,1,D] and [R,H,1,T+n]. `size`: the bucket that the pass is padded to."""
+    the first step, which read the prompt, then [R,1,D] and [R,H,1,T+n]. `size`: the bucket that the pass is padded to.
+
+    `source`: None, or what an encoder reads, ids and reality [B,E] in a bucket, and the columns S that are the caller's. HF's five fields
+    are then those of the decoder, cross_attentions [R,H,T,S] among them, and of the encoder, tuples over layers: [B,S,D] and [B,H,S,S]."""
     width = sequences.shape[1] - 1  # nothing has read the last token
     xp: Any = jnp if isinstance(sequences, jax.core.Tracer) or isinstance(real, jax.core.Tracer) else np
     room = ((0, 0), (size - width, 0))
-    out = _read(model, params, xp.pad(sequences[:, :-1], room), xp.pad(real[:, :-1], room), hidden_states, attentions)
+    texts = (xp.pad(sequences[:, :-1], room), xp.pad(real[:, :-1], room))
+    copies = 1 if source is None else len(sequences) // len(source[0])
+    sources = None if source is None else tuple(xp.repeat(xp.asarray(x), copies, 0) for x in source[:2])
+    out = _read(model, params, texts, sources, hidden_states, attentions)
     T, first = width - new + 1, size - width
     spans = [(0, T), *((T + n, T + n + 1) for n in range(new - 1))]
-    hidden, weights = out if xp is jnp else jax.device_get(out)
-    hidden = hidden and tuple(tuple(h[:, first + a : first + b] for h in hidden) for a, b in spans)
-    weights = weights and tuple(tuple(w[:, :, first + a : first + b, first : first + b] for w in weights) for a, b in spans)
-    return hidden, weights
+    kept: dict[str, Any] = {}
+    for name, layers in (out if xp is jnp else jax.device_get(out)).items():
+        if name.startswith("encoder"):
+            S, own = source[2], [x[::copies] for x in layers]
+            kept[name] = tuple(x[:, -S:] if x.ndim == 3 else x[:, :, -S:, -S:] for x in own)
+        elif name.endswith("hidden_states"):
+            kept[name] = tuple(tuple(h[:, first + a : first + b] for h in layers) for a, b in spans)
+        else:
+            start = -source[2] if name.startswith("cross") else first
+            ends = [None if name.startswith("cross") else first + b for _, b in spans]
+            kept[name] = tuple(tuple(w[:, :, first + a : first + b, start:end] for w in layers) for (a, b), end in zip(spans, ends))
+    return kept
 
 
-def check_states(config: Any, cache: Any) -> None:
+def check_states(cache: Any) -> None:
     """ValueError where the pass over the finished sequences would not be what the loop saw."""
-    if config.is_encoder_decoder:
-        raise ValueError("output_hidden_states and output_attentions of generate are a decoder's; call the encoder-decoder on its result")
     if cache is not None:
         raise ValueError("output_hidden_states and output_attentions need the whole conversation as input_ids, not a cache of it")
 
 
 @partial(jax.jit, static_argnames=("model", "hidden_states", "attentions"))
-def _read(model: Any, params: Any, ids: jax.Array, real: jax.Array, hidden_states: bool, attentions: bool) -> Any:
+def _read(model: Any, params: Any, texts: tuple, sources: tuple | None, hidden_states: bool, attentions: bool) -> dict[str, Any]:
+    named = lambda prefix, x: {f"{prefix}input_ids": jnp.where(x[1], x[0], 0), f"{prefix}attention_mask": x[1]}
+    inputs = named("", texts) if sources is None else named("", sources) | named("decoder_", texts)
     options = {"output_hidden_states": hidden_states, "output_attentions": attentions}
-    out = model.apply({"params": params}, jnp.where(real, ids, 0), attention_mask=real, logits_to_keep=1, **options)
-    return out.hidden_states, out.attentions
+    out = model.apply({"params": params}, **inputs, logits_to_keep=1, **options)
+    return {name: x for name, x in vars(out).items() if name.endswith(("hidden_states", "attentions")) and x is not None}

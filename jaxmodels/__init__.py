@@ -39,6 +39,7 @@ _PUBLIC = {
         "save_pretrained",
     ),
     "cache": ("Cache", "init_cache"),
+    "caches": ("OffloadedCache", "QuantizedCache", "SinkCache"),
     "config": ("Config",),
     "convert": ("CheckpointError",),
     "family": ("Family",),

@@ -17,6 +17,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from jaxmodels.ops.slots import at_layer, kv_axes, put_layer, resized, swap_heads, write_slots
+
 MOVED = 16  # slots that `reorder` moves at a time
 
 
@@ -31,30 +33,21 @@ class KV(struct.PyTreeNode):
     @property
     def axes(self) -> KV:
         """The logical axes of every leaf, a leading L aside."""
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return KV(axes, None if self.v is None else axes, self.heads_first)  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
-        axis = 2 if self.heads_first else 1
-
-        def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            new = _swap(new, self.heads_first).astype(old.dtype)
-            if step.layer is None:
-                return lax.dynamic_update_slice_in_dim(old, new, step.index, axis)
-            start = [step.layer, 0, 0, 0, 0]
-            start[axis + 1] = step.index
-            return lax.dynamic_update_slice(old, new[None], start)
-
+        write = lambda old, new: write_slots(old, new, step.index, self.heads_first, step.layer)
         state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))  # type: ignore[arg-type]
         if not step.fresh:
-            k, v = jax.tree.map(lambda x: _swap(_at(x, step.layer), self.heads_first), (state.k, state.v))
+            k, v = jax.tree.map(lambda x: swap_heads(at_layer(x, step.layer), self.heads_first), (state.k, state.v))
         return state, k, v, step.key_positions
 
     def resize(self, slots: int) -> KV:
         """The same tokens in `slots` slots; dropped are the last ones."""
         axis = self.k.ndim - 2 if self.heads_first else self.k.ndim - 3
-        return jax.tree.map(lambda x: _resize(x, slots, axis), self)
+        return jax.tree.map(lambda x: resized(x, slots, axis), self)
 
     def take(self, rows: jax.Array) -> KV:
         """The rows [B'] of the batch, in that order."""
@@ -95,7 +88,7 @@ class SlidingKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> SlidingKV:
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return self._with(axes, axes, ("batch", None), ("batch",), ())  # type: ignore[arg-type]
 
     def update(self, k: jax.Array, v: jax.Array, step: Any) -> tuple[SlidingKV, jax.Array, jax.Array, jax.Array]:
@@ -110,8 +103,8 @@ class SlidingKV(struct.PyTreeNode):
         return self._fill(k, v, positions, step.layer), k, v, positions
 
     def _tokens(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
-        return k, v, _at(self.positions, layer)
+        k, v = (swap_heads(at_layer(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, at_layer(self.positions, layer)
 
     def _fill(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> SlidingKV:
         """The newest W real tokens of k, v [B,T,K,H] at positions [B,T], oldest first."""
@@ -119,10 +112,10 @@ class SlidingKV(struct.PyTreeNode):
         k, v = (jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0))) for x in (k, v))
         positions = jnp.pad(positions, ((0, 0), (missing, 0)), constant_values=-1)
         newest = jnp.argsort(positions, 1)[:, -self.positions.shape[-1] :]
-        k, v = (_swap(jnp.take_along_axis(x, newest[..., None, None], 1), self.heads_first) for x in (k, v))
+        k, v = (swap_heads(jnp.take_along_axis(x, newest[..., None, None], 1), self.heads_first) for x in (k, v))
         new = (k, v, jnp.take_along_axis(positions, newest, 1), jnp.zeros(len(newest), bool), jnp.int32(0))
         old = (self.k, self.v, self.positions, self.skipped, self.next)
-        return self._with(*(_put(a, b, layer) for a, b in zip(old, new)))
+        return self._with(*(put_layer(a, b, layer) for a, b in zip(old, new)))
 
     def _with(self, *leaves: jax.Array) -> SlidingKV:
         k, v, positions, skipped, next = leaves
@@ -131,9 +124,9 @@ class SlidingKV(struct.PyTreeNode):
     def _turn(self, k: jax.Array, v: jax.Array, step: Any) -> SlidingKV:
         """One token a row, in place. A row whose token is padding keeps what it has."""
         real, layer = step.positions[:, 0] >= 0, step.layer
-        late = jnp.any(_at(self.skipped, layer) & real)  # a row goes on after padding: only then its columns are out of order
+        late = jnp.any(at_layer(self.skipped, layer) & real)  # a row goes on after padding: only then its columns are out of order
         state = lax.cond(late, lambda state: state._fill(*state._tokens(layer), layer), lambda state: state, self)
-        column = _at(state.next, layer)
+        column = at_layer(state.next, layer)
 
         def write(ring: jax.Array, new: jax.Array, axis: int) -> jax.Array:
             start, shape = [jnp.int32(0)] * new.ndim, new.shape
@@ -146,11 +139,11 @@ class SlidingKV(struct.PyTreeNode):
 
         axis = 2 if self.heads_first else 1
         return self._with(
-            write(state.k, _swap(k, self.heads_first), axis),
-            write(state.v, _swap(v, self.heads_first), axis),
+            write(state.k, swap_heads(k, self.heads_first), axis),
+            write(state.v, swap_heads(v, self.heads_first), axis),
             write(state.positions, step.positions, 1),
-            _put(state.skipped, _at(state.skipped, layer) | ~real, layer),
-            _put(state.next, (column + 1) % self.positions.shape[-1], layer),
+            put_layer(state.skipped, at_layer(state.skipped, layer) | ~real, layer),
+            put_layer(state.next, (column + 1) % self.positions.shape[-1], layer),
         )
 
     def resize(self, slots: int) -> SlidingKV:
@@ -173,6 +166,11 @@ class SlidingKV(struct.PyTreeNode):
         gone = self.positions >= lengths[:, None]
         return self._with(self.k, self.v, jnp.where(gone, -1, self.positions), self.skipped | gone.any(-1), self.next)
 
+    def holds(self, lengths: jax.Array, now: jax.Array) -> jax.Array:
+        """bool []: whether `rewind` from lengths `now` [B] leaves every row the whole window."""
+        dropped = jnp.maximum(now - self.positions.shape[-1], 0)
+        return ((lengths >= now) | (dropped <= jnp.maximum(lengths - self.window, 0))).all()
+
     def take(self, rows: jax.Array) -> SlidingKV:
         axis = self.next.ndim
         pick = lambda x: jnp.take(x, rows, axis)
@@ -190,7 +188,7 @@ class CrossKV(struct.PyTreeNode):
 
     @property
     def axes(self) -> CrossKV:
-        axes = _kv_axes(self.heads_first)
+        axes = kv_axes(self.heads_first)
         return CrossKV(axes, axes, ("batch", None), self.heads_first)  # type: ignore[arg-type]
 
     @property
@@ -205,13 +203,15 @@ class CrossKV(struct.PyTreeNode):
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> CrossKV:
         """Take in k, v [B,S,K,H] at positions [B,S]."""
-        k, v = (_swap(x, self.heads_first) for x in (k, v))
-        return self.replace(k=_put(self.k, k, layer), v=_put(self.v, v, layer), positions=_put(self.positions, positions, layer))
+        k, v = (swap_heads(x, self.heads_first) for x in (k, v))
+        return self.replace(
+            k=put_layer(self.k, k, layer), v=put_layer(self.v, v, layer), positions=put_layer(self.positions, positions, layer)
+        )
 
     def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys, values [B,S,K,H] and positions [B,S]."""
-        k, v = (_swap(_at(x, layer), self.heads_first) for x in (self.k, self.v))
-        return k, v, _at(self.positions, layer)
+        k, v = (swap_heads(at_layer(x, layer), self.heads_first) for x in (self.k, self.v))
+        return k, v, at_layer(self.positions, layer)
 
     def take(self, rows: jax.Array) -> CrossKV:
         return jax.tree.map(lambda x: jnp.take(x, rows, self.positions.ndim - 2), self)
@@ -260,10 +260,10 @@ class Recurrent(struct.PyTreeNode):
         """The windows and the state; None each where nothing was written yet."""
         if step.fresh:
             return (None,) * len(self.windows), None
-        return tuple(_at(x, step.layer) for x in self.windows), _at(self.state, step.layer)
+        return tuple(at_layer(x, step.layer) for x in self.windows), at_layer(self.state, step.layer)
 
     def write(self, windows: Sequence[jax.Array], state: jax.Array, step: Any) -> Recurrent:
-        put = lambda old, new: _put(old, new, step.layer)
+        put = lambda old, new: put_layer(old, new, step.layer)
         return self.replace(windows=tuple(map(put, self.windows, windows)), state=put(self.state, state))
 
     def resize(self, slots: int) -> Recurrent:
@@ -306,7 +306,7 @@ class Cache(struct.PyTreeNode):
     def resize(self, slots: int) -> Cache:
         """Room for `slots` slots in all; a smaller number drops the last slots."""
         layers = tuple(state.resize(slots) for state in self.layers)
-        return self.replace(layers=layers, positions=_resize(self.positions, slots, 1, -1), index=jnp.minimum(self.index, slots))
+        return self.replace(layers=layers, positions=resized(self.positions, slots, 1, -1), index=jnp.minimum(self.index, slots))
 
     def take(self, rows: jax.Array) -> Cache:
         """The rows [B'] of the batch, in that order, repeats allowed: beams, several samples of a prompt."""
@@ -341,11 +341,25 @@ class Cache(struct.PyTreeNode):
         self._check_forgets()
         return self.replace(positions=jnp.where(emptied, -1, self.positions))
 
+    def crop(self, max_length: int) -> Cache:
+        """The first max_length tokens of every row, or all but its last so many where the number is negative; slots that no row needs any
+        more are free again. ValueError where a layer has lost what the shorter text sees: a window that moved on, a recurrent state."""
+        now = self.lengths
+        lengths = jnp.maximum(now + max_length, 0) if max_length < 0 else jnp.minimum(now, max_length)
+        held = jnp.array([state.holds(lengths, now) for state in self.layers if hasattr(state, "holds")], bool)
+        if held.size and (isinstance(held, jax.core.Tracer) or not held.all()):
+            raise ValueError(
+                f"layers over a window keep nothing from before it, so this cache cannot be cropped to {max_length} (inside jit, where the "
+                "lengths are not known, never): keep an earlier cache, which is not used up"
+            )
+        kept = (self.positions >= 0) & (self.positions < lengths[:, None])
+        return self.rewind(lengths, jnp.where(kept.any(0), jnp.arange(1, self.slots + 1, dtype=jnp.int32), 0).max())
+
     def rewind(self, lengths: jax.Array, index: jax.Array) -> Cache:
         """Without the tokens at positions lengths [B] and above; `index` []: the next slot to write, no token is left in it or behind.
         Layers over a window need `spare` slots for this."""
         self._check_forgets()
-        layers = tuple(state.rewind(lengths) if isinstance(state, SlidingKV) else state for state in self.layers)
+        layers = tuple(state.rewind(lengths) if hasattr(state, "rewind") else state for state in self.layers)
         return self.replace(layers=layers, positions=jnp.where(self.positions < lengths[:, None], self.positions, -1), index=index)
 
     def spare(self, tokens: int) -> Cache:
@@ -356,7 +370,7 @@ class Cache(struct.PyTreeNode):
     def compact(self) -> Cache:
         """Every row's tokens in its first slots, none empty between them."""
         order = jnp.argsort(self.positions < 0, axis=1, stable=True)
-        layers = tuple(state.gather(order) if isinstance(state, KV | EncoderDecoderKV) else state for state in self.layers)
+        layers = tuple(state.gather(order) if hasattr(state, "gather") else state for state in self.layers)
         positions = jnp.take_along_axis(self.positions, order, 1)
         return self.replace(layers=layers, positions=positions, index=(positions >= 0).sum(1, dtype=jnp.int32).max())
 
@@ -448,16 +462,19 @@ def segments(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
     return found
 
 
-def init_cache(model: Any, batch: int, slots: int, dtype: Any = None) -> Cache:
-    """An empty cache for `model` with `slots` slots per row; `dtype` defaults to the model's compute dtype."""
+def init_cache(model: Any, batch: int, slots: int, dtype: Any = None, implementation: Any = None) -> Cache:
+    """An empty cache for `model` with `slots` slots per row; `dtype` defaults to the model's compute dtype. `implementation`: a name of
+    HF's `cache_implementation`, or a QuantizedCache, SinkCache or OffloadedCache; see jaxmodels.caches."""
+    from jaxmodels.caches import layer_specs
+
+    specs = layer_specs(model.config, implementation)
     kinds = model.config.layer_kinds
     platform = jax.default_backend() if model.rules is None else model.rules.platform
     states = []
     for start, period, repeats in segments(kinds) if model.scan_layers else [(i, 1, 1) for i in range(len(kinds))]:
         for kind in kinds[start : start + period]:
             layers = None if repeats == 1 else repeats
-            spec: LayerSpec = model.config.layer_spec(kind)
-            states.append(spec.init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
+            states.append(specs[kind].init(batch, slots, dtype or model.dtype, layers=layers, heads_first=platform != "cpu"))
     cache = Cache(tuple(states), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0), fresh=True)
     return cache if model.rules is None else lax.with_sharding_constraint(cache, cache_shardings(cache, model.rules))
 
@@ -468,30 +485,9 @@ def cache_shardings(cache: Cache, rules: Any) -> Cache:
     def place(leaf: Any, axes: tuple[str | None, ...]) -> Any:
         return rules.sharding((None,) * (len(leaf.shape) - len(axes)) + axes, leaf.shape)
 
-    layers = tuple(jax.tree.map(place, state, state.axes) for state in cache.layers)
+    def places(state: Any) -> Any:
+        found, kind = jax.tree.map(place, state, state.axes), getattr(state, "memory_kind", None)
+        return found if kind is None else jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), found)
+
+    layers = tuple(map(places, cache.layers))
     return cache.replace(layers=layers, positions=place(cache.positions, ("batch", None)), index=place(cache.index, ()))
-
-
-def _kv_axes(heads_first: bool) -> tuple[str | None, ...]:
-    return ("batch", "act_kv_heads", None, None) if heads_first else ("batch", None, "act_kv_heads", None)
-
-
-def _swap(x: jax.Array, heads_first: bool) -> jax.Array:
-    """Between [B,S,K,H], as attention takes it, and the memory layout."""
-    return jnp.swapaxes(x, 1, 2) if heads_first else x
-
-
-def _at(x: jax.Array, layer: jax.Array | None) -> jax.Array:
-    return x if layer is None else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-
-
-def _put(x: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
-    return new.astype(x.dtype) if layer is None else lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, 0)
-
-
-def _resize(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
-    if size <= x.shape[axis]:
-        return lax.slice_in_dim(x, 0, size, axis=axis)
-    pad = [(0, 0, 0)] * x.ndim
-    pad[axis] = (0, size - x.shape[axis], 0)
-    return lax.pad(x, jnp.asarray(fill, x.dtype), pad)

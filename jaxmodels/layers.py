@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import struct
 
 from jaxmodels.cache import Cache, segments
+from jaxmodels.cache_sink import SinkKV, attend_to_sinks
 from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.lora import adapted_embedding, adapted_linear
@@ -185,12 +186,13 @@ class GatedMLP(nn.Module):
 
 
 class Rope(struct.PyTreeNode):
-    """cos and sin [B,T,1,R] for the new tokens. Where a row's frequencies [B,R/2] change with its length, they are kept here:
-    keys are then cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
+    """cos and sin [B,T,1,R] for the new tokens, and their frequencies [R/2]. Where these change with a row's length, [B,R/2], keys are
+    `late`: cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
     before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
 
     new: tuple[jax.Array, jax.Array]
-    frequencies: jax.Array | None = None
+    frequencies: jax.Array
+    late: bool = struct.field(pytree_node=False)
     scale: float = struct.field(pytree_node=False, default=1.0)
     interleaved: bool = struct.field(pytree_node=False, default=False)  # pairs are (2i, 2i + 1)
 
@@ -248,7 +250,7 @@ class Step(struct.PyTreeNode):
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
         frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
         late = rope.length_dependent and self.index is not None
-        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies if late else None, scale, interleaved)
+        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies, late, scale, interleaved)
 
 
 def begin(
@@ -289,7 +291,7 @@ def _begin_packed(shape: tuple[int, int], ids: jax.Array, cache: Cache | None, *
 def remember(q: jax.Array, k: jax.Array, v: Any, state: Any, step: Step, rope: Rope | None = None) -> tuple:
     """Rotate q [B,T,N,H] and k [B,T,K,H] and write k and v to the state -> q, all keys [B,S,K,H] and values and their positions [B,S],
     the state."""
-    late = rope is not None and rope.frequencies is not None
+    late = rope is not None and rope.late
     if rope is not None:
         q = rotate(q, rope.new, rope.interleaved)
         k = k if late else rotate(k, rope.new, rope.interleaved)
@@ -306,8 +308,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any, step: Step, rop
     """Rotate, remember, attend: q [B,T,N,H], k and v [B,T,K,H] -> out [B,T,N*H], the state with k and v, the weights or None.
 
     options: those of jaxmodels.ops.attention.attention, such as scale and window."""
-    q, k, v, k_positions, state = remember(q, k, v, state, step, rope)
-    out, weights = look(q, k, v, k_positions, step, **options)
+    if isinstance(state, SinkKV):
+        out, state, weights = attend_to_sinks(q, k, v, state, step, rope, **options)
+        weights = weights if step.output_attentions else None
+    else:
+        q, k, v, k_positions, state = remember(q, k, v, state, step, rope)
+        out, weights = look(q, k, v, k_positions, step, **options)
     return out.reshape(*out.shape[:2], -1), state, weights
 
 

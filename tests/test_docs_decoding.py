@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxmodels as jm
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 
-CODE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(), re.DOTALL)[1]
+CODE, TURNS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "decoding.md").read_text(), re.DOTALL)
 MODEL = LlamaForCausalLM(
     LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
 )
@@ -30,3 +31,27 @@ def test_the_loop():
     mixed = run(4)
     assert (mixed[:, :4] != expected[:, :4]).any()
     assert scope["decode"]._cache_size() == 1
+
+
+def test_turns():
+    params = jm.init_params(MODEL, jax.random.key(0))
+    rng, never = np.random.default_rng(0), {"eos_token_id": None, "pad_token_id": 0}
+    draw = lambda *shape: rng.integers(1, 97, shape).astype(np.int32)
+    scope = {
+        "jax": jax,
+        "jm": jm,
+        "jnp": jnp,
+        "model": MODEL,
+        "params": params,
+        "prompt": draw(1, 30),
+        "questions": draw(3, 6),
+        "more": draw(3, 2),
+    }
+    scope |= {"mask": np.arange(6) >= np.array([[0], [4], [2]]), "more_mask": np.ones((3, 2), int)}
+    exec(TURNS, scope)  # the page's own code
+    whole = np.concatenate([np.repeat(scope["prompt"], 3, 0), scope["questions"]], 1)
+    real = np.concatenate([np.ones((3, 30), bool), scope["mask"]], 1)
+    for name, options in (("first", {}), ("other", {"num_beams": 2})):
+        want = jm.generate(MODEL, params, whole, real, max_new_tokens=8, **never, **options).sequences[:, -8:]
+        np.testing.assert_array_equal(scope[name].sequences[:, -8:], want)
+    assert scope["again"].sequences.shape == (3, 10)

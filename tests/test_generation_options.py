@@ -72,27 +72,28 @@ def test_forced_bos_follows_a_single_token():
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_guidance_with_a_negative_prompt(beams):
-    """Of another length than the prompt. Beams: against each row alone; transformers' unconditional cache stays with rows that beams
-    have left, so only the tokens of the first step can be compared with its beam search."""
+    """Of another length than the prompt. Beams: against transformers' search with a processor that reads the negative prompt and all that
+    the beam has said afresh; its own keeps a cache whose rows do not follow the beams."""
     ids, mask = prompts()
     negative = np.random.default_rng(5).integers(3, VOCAB, (1, 37))
-    new = NEW if beams == 1 else 1
-    options = {"guidance_scale": 1.8, "num_beams": beams}
-    want = [
-        torch_row(
-            ids[row][mask[row] == 1], new=new, eos_token_id=None, negative_prompt_ids=torch.tensor(negative.repeat(beams, 0)), **options
-        )
-        for row in (1, 2)
-    ]
+    own = {"negative_prompt_ids": torch.tensor(negative), "guidance_scale": 1.8}
+
+    def afresh(said, log_p):
+        text = torch.cat([torch.tensor(negative).repeat(len(said), 1), said[:, length:]], 1)
+        u = torch_model()(text).logits[:, -1].log_softmax(-1)
+        return u + 1.8 * (log_p.log_softmax(-1) - u)
+
+    want = []
+    for row in (1, 2):
+        length = LENGTHS[row]
+        options = own if beams == 1 else {"num_beams": beams, "logits_processor": [afresh]}
+        want.append(torch_row(ids[row][mask[row] == 1], new=NEW, eos_token_id=None, **options))
     left = np.concatenate([np.zeros((1, 5), int), negative], 1)
     masks = {
         "negative_prompt_ids": np.repeat(left, 2, 0),
         "negative_prompt_attention_mask": np.repeat(np.arange(42) >= 5, 2).reshape(42, 2).T,
     }
-    assert mine(new, **options, **masks) == want
-    if beams > 1:
-        alone = [mine(12, slice(row, row + 1), **options, negative_prompt_ids=negative)[0] for row in (1, 2)]
-        assert mine(12, **options, **masks) == alone
+    assert mine(guidance_scale=1.8, num_beams=beams, **masks) == want
 
 
 def test_raw_logits_are_those_of_the_prompt():

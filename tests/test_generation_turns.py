@@ -1,11 +1,14 @@
 """Conversations: a second and third call with the returned cache, held against torch from scratch on every row's whole history."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_fixtures import LENGTHS, VOCAB, T, ours, prompts, torch_greedy, torch_row
 
-from jaxmodels.cache import init_cache
+from jaxmodels.cache import Cache, SlidingKVSpec, init_cache
+from jaxmodels.cache_quantized import QuantizedCache
+from jaxmodels.cache_sink import SinkCache
 from jaxmodels.generation import TurnCache, generate
 
 NEVER = VOCAB + 5
@@ -56,6 +59,23 @@ def test_a_call_goes_on_where_the_last_one_stopped():
         assert first.sequences[row, T:].tolist() + more.sequences[row].tolist() == torch_greedy(row)[:20]
 
 
+@pytest.mark.parametrize("options", [{"cache_implementation": "offloaded"}, {"guidance_scale": 1.5}], ids=str)
+def test_a_turn_after_beams(options):
+    """The best hypotheses of every row, some ended early; what follows is what their whole texts give."""
+    ids, mask = (x[1:3, -60:] for x in prompts())
+    model, params = ours()
+    first = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9, "eos_token_id": [torch_greedy(1)[4], torch_greedy(2)[2]]}
+    out = generate(model, params, ids, mask, **first, **options)
+    new, real = user_turn(8, (3, 1, 6, 2))
+    again = generate(model, params, new, real, cache=out.cache, max_new_tokens=6, eos_token_id=NEVER)
+    alive = np.arange(out.sequences.shape[1] - 60) < out.lengths[:, None]
+    whole = np.concatenate([out.sequences, new], 1)
+    kept = np.concatenate([np.repeat(mask, 2, 0), alive, real], 1)
+    want = generate(model, params, whole, kept, max_new_tokens=6, eos_token_id=NEVER)
+    np.testing.assert_array_equal(again.sequences[:, -6:], want.sequences[:, -6:])
+    assert len(set(out.lengths.tolist())) > 1
+
+
 def test_a_cache_can_be_continued_twice():
     """The cache is an argument, not a thing that a call uses up."""
     ids, mask = prompts()
@@ -76,6 +96,39 @@ def test_a_shared_prompt_is_read_once():
     out = generate(model, params, questions, real, cache=cache.take(np.zeros(3, int)), max_new_tokens=12, eos_token_id=NEVER)
     for row in range(3):
         assert answers(out, 8)[row] == torch_row(prompt + questions[row][real[row] == 1].tolist(), new=12, eos_token_id=None)
+
+
+@pytest.mark.parametrize("made", [None, QuantizedCache(2, q_group_size=12, residual_length=96), SinkCache(96)], ids=str)
+def test_a_cropped_cache_is_a_shorter_one(made):
+    """Ragged rows cropped to as many tokens, and by as many; what is said next is what a cache of the shorter texts says."""
+    model, params = ours()
+    ids, mask = (x[1:3, -60:] for x in prompts())
+    step = jax.jit(lambda params, ids, mask, cache: model.apply({"params": params}, ids, attention_mask=mask, cache=cache))
+    whole = step(params, ids, mask, init_cache(model, 2, 96, implementation=made)).cache
+    new, real = user_turn(6, (4, 9))
+    for size, left in ((30, [7, 30]), (-5, [2, 55])):
+        cropped = whole.crop(size)
+        assert cropped.lengths.tolist() == left and int(cropped.index) == (60 if size > 0 else 55)
+        kept = np.where(mask.cumsum(1) <= np.array(left)[:, None], mask, 0)
+        want = step(params, new, real, step(params, ids, kept, init_cache(model, 2, 96)).cache)
+        got = step(params, new, real, cropped)
+        assert np.abs(got.logits - want.logits)[real == 1].max() <= 1e-4
+        assert got.cache.lengths.tolist() == want.cache.lengths.tolist()
+
+
+def test_what_cannot_be_cropped():
+    spec = SlidingKVSpec(1, 4, 8)
+    state = spec.init(2, 32, jnp.float32, layers=None, heads_first=False)
+    long = jnp.array([[*range(4, 12)], [-1, -1, *range(6)]])
+    positions = jnp.array([[*range(12)], [-1] * 6 + [*range(6)]])
+    cache = Cache((state.replace(positions=long),), positions, jnp.int32(12))
+    assert cache.crop(12).lengths.tolist() == [12, 6]
+    with pytest.raises(ValueError, match="cannot be cropped to 9"):
+        cache.crop(9)
+    with pytest.raises(ValueError, match="inside jit"):
+        jax.jit(lambda cache: cache.crop(12))(cache)
+    short = cache.take(np.array([1])).crop(-2)
+    assert short.layers[0].positions.tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1]] and int(short.index) == 10
 
 
 def test_turn_under_jit():

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from test_generation_processors import run
 
 from jaxmodels.generation import GenerationConfig, Sequences, generate
+from jaxmodels.generation.synthid import BayesianDetector, SynthIDTextWatermarkDetector
 from jaxmodels.generation.torch_random import bits, chosen, is_chosen, permutation
 from jaxmodels.generation.watermark import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkingConfig
 from jaxmodels.generation.wide import add, least, multiply, remainder, wide
@@ -163,6 +164,67 @@ def test_synthid_in_generate():
     row = ids[1, -LENGTHS[1] :]
     want = torch_row(row, new=20, eos_token_id=None, watermarking_config=hf.SynthIDTextWatermarkingConfig(**options))
     assert out.sequences[1, T:].tolist() == want
+
+
+def torch_detector(depth, seed):
+    torch.manual_seed(seed)
+    model = transformers.BayesianDetectorModel(transformers.BayesianDetectorConfig(watermarking_depth=depth, base_rate=0.3))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.rand(1) if name == "prior" else torch.randn_like(weight))
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_detectors_of_synthid_agree(tmp_path, rows):
+    """A detector of transformers', saved and loaded, on text with ends and repeated contexts; the loss that it is trained on."""
+    theirs = torch_detector(len(KEYS), rows)
+    marks = {"ngram_len": 3, "keys": list(KEYS), "context_history_size": 16, "sampling_table_seed": 0, "sampling_table_size": 2**16}
+    theirs.config.set_detector_information("none", marks | {"device": "cpu"})
+    theirs.save_pretrained(tmp_path)
+    mine = SynthIDTextWatermarkDetector(BayesianDetector.from_pretrained(tmp_path), eos_token_id=5)
+    ids = np.random.default_rng(rows).integers(0, 9, (rows, 24))
+    ids[:, :15] = np.where(ids[:, :15] == 5, 6, ids[:, :15])
+    processor = synthid(marks)
+    tokenizer = type("Tokenizer", (), {"eos_token_id": 5})
+    want = hf.SynthIDTextWatermarkDetector(theirs, processor, tokenizer)(torch.tensor(ids))[0].detach().numpy()
+    np.testing.assert_allclose(mine(ids), want, rtol=1e-4, atol=1e-7)
+    g, mask, labels = processor.compute_g_values(torch.tensor(ids)), torch.ones(rows, 22), torch.tensor([1.0, 0.0, 1.0])[:rows]
+    loss = theirs(g, mask, labels, loss_batch_weight=0.1, return_dict=True).loss
+    loss.backward()
+    got, grads = jax.value_and_grad(lambda d: d.loss(g.numpy(), mask.numpy(), labels.numpy(), 0.1))(mine.detector)
+    np.testing.assert_allclose(got, loss.item(), rtol=1e-5)
+    for name, weight in theirs.named_parameters():
+        np.testing.assert_allclose(getattr(grads, name.split(".")[-1]), weight.grad.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_detector_learns():
+    """Marked text of one tournament against text at random."""
+    config = SynthIDTextWatermarkingConfig(ngram_len=3, keys=KEYS[:4])
+    processor, rng = config.construct_processor(50), np.random.default_rng(0)
+    ids = rng.integers(0, 50, (60, 40))
+    g = np.asarray(processor.compute_g_values(ids)).astype(np.float32)
+    g[:30] = np.maximum(g[:30], rng.integers(0, 2, g[:30].shape))  # as a tournament of two leaves them
+    labels, mask = np.arange(60) < 30, np.ones(g.shape[:2])
+    detector = BayesianDetector.initial(jax.random.key(0), config)
+    step = jax.jit(lambda d: jax.tree.map(lambda w, dw: w - 0.05 * dw, d, jax.grad(lambda d: d.loss(g, mask, labels, 0.01))(d)))
+    for _ in range(60):
+        detector = step(detector)
+    assert ((np.asarray(detector(g, mask)) > 0.5) == labels).mean() > 0.95
+
+
+def test_detectors_complain(tmp_path):
+    torch_detector(4, 0).save_pretrained(tmp_path)
+    detector = BayesianDetector.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="watermarking_config is None"):
+        SynthIDTextWatermarkDetector(detector)
+    with pytest.raises(ValueError, match="2 keys; this detector was trained for 4"):
+        SynthIDTextWatermarkDetector(detector, {"ngram_len": 3, "keys": [1, 2]})
+    with pytest.raises(ValueError, match="ngram_len=5"):
+        SynthIDTextWatermarkDetector(detector, {"ngram_len": 5, "keys": [1, 2, 3, 4]})(np.ones((2, 4), int))
+    (tmp_path / "config.json").write_text('{"watermarking_depth": 3}')
+    with pytest.raises(ValueError, match="a detector of watermarking_depth=3 has"):
+        BayesianDetector.from_pretrained(tmp_path)
 
 
 def test_configurations_load_and_complain(tmp_path):

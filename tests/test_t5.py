@@ -152,6 +152,37 @@ def test_generate_by_strategy(case):
         same(result.sequences, torch_generate(case, max_new_tokens=9, **options))
 
 
+def test_generate_returns_states(case):
+    """HF's five fields for a padded row, in transformers' structure; of two samples of a row the encoder's once."""
+    ids, mask = (x[1:3] for x in rows_of(case))
+    wanted = {"max_new_tokens": 4, "output_hidden_states": True, "output_attentions": True}
+    row = torch.tensor(case.inputs.alone(1)["input_ids"][None], dtype=torch.long)
+    real = torch.ones_like(row)
+    with parity._plain_generation(case.hf, 1):
+        theirs = case.hf.generate(row, attention_mask=real, do_sample=False, return_dict_in_generate=True, **wanted)
+    with pytest.warns(UserWarning, match="eager"):
+        out = generate(*case.loaded, ids, mask, eos_token_id=-1, **wanted)
+    here = mask[0] == 1
+    assert not here.all()
+    np.testing.assert_array_equal(out.sequences[0], theirs.sequences[0])
+    for name in ("decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_hidden_states", "encoder_attentions"):
+        mine, reference = getattr(out, name), getattr(theirs, name)
+        assert len(mine) == len(reference), name
+        if name.startswith("encoder"):
+            mine, reference = [mine], [reference]
+        for steps, others in zip(mine, reference):
+            assert len(steps) == len(others), name
+            for a, b in zip(steps, others):
+                a, b = a[:1], b.detach().numpy()
+                if name.startswith("encoder"):
+                    a = a[:, here] if a.ndim == 3 else a[..., here, :]
+                a = a[..., here] if name in ("cross_attentions", "encoder_attentions") else a
+                assert a.shape == b.shape and np.abs(a - b).max() <= 1e-4 * max(1, b.std()), name
+    pairs = generate(*case.loaded, ids, mask, num_beams=2, num_return_sequences=2, **wanted | {"output_attentions": False})
+    assert len(pairs.encoder_hidden_states[0]) == 2 and len(pairs.decoder_hidden_states[0][0]) == 4
+    np.testing.assert_allclose(pairs.encoder_hidden_states[-1], out.encoder_hidden_states[-1], atol=1e-5)
+
+
 def test_max_length_counts_the_decoders_tokens(case):
     ids, mask = rows_of(case)
     result = generate(*case.loaded, ids, mask, max_length=6, eos_token_id=-1)
