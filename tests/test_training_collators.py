@@ -1,4 +1,4 @@
-"""Data collators give the batches of transformers' own: every number where nothing is drawn, and under the same draws where something is."""
+"""Data collators give the batches of transformers': every number where nothing is drawn, and under the same draws where something is."""
 
 import math
 
@@ -293,7 +293,7 @@ def test_refusals(pair):
         collators.default_data_collator([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
     with pytest.raises(ValueError, match=r"a row of 3 values does not fit into the 2"):
         collators.DataCollatorForTokenClassification(ours)([{"input_ids": [1, 2], "labels": [1, 2, 3]}])
-    with pytest.raises(ValueError, match="mlm_probability is 1.5"):
+    with pytest.raises(ValueError, match=r"mlm_probability is 1\.5"):
         masking(ours, mlm_probability=1.5)
     with pytest.raises(ValueError, match="exceed 1"):
         masking(ours, mask_replace_prob=0.8, random_replace_prob=0.3)
@@ -301,7 +301,7 @@ def test_refusals(pair):
         masking(ours, mlm=False, whole_word_mask=True)
     with pytest.raises(ValueError, match="return_offsets_mapping=True"):
         masking(ours, whole_word_mask=True)(encoded(pair))
-    with pytest.raises(ValueError, match="rows have 3 tokens; .* even number"):
+    with pytest.raises(ValueError, match=r"rows have 3 tokens; .* even number"):
         collators.DataCollatorForPermutationLanguageModeling(ours)([{"input_ids": [1, 2, 3]}])
     plain = AutoTokenizer.from_pretrained(ours.name_or_path)
     plain.mask_token = None

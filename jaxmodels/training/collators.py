@@ -7,7 +7,8 @@ Axis letters: B examples, T tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ from jaxmodels.ops.loss import IGNORE
 
 Example = Mapping[str, Any]
 Batch = dict[str, np.ndarray]
+
+
+def draws(collator: Callable[..., Any]) -> bool:
+    """Whether a collator takes the number of the batch, `step`, from which its random numbers follow."""
+    return "step" in inspect.signature(collator).parameters
 
 
 def _array(name: str, values: Sequence[Any]) -> np.ndarray:
