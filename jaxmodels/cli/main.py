@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--sweep", action="store_true", help="try meshes and remat policies and rank them")
     _hub(plan)
 
+    train = command("train", "train:run", "Train by a YAML file: pretraining, SFT, DPO, LoRA. Started again, it goes on where it stopped.")
+    train.add_argument("config", metavar="CONFIG.yaml")
+    what = "--section.field VALUE | section.field=VALUE"
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar=what, help="in place of the file's; values are YAML")
+
     command("families", "families:families", "The families, their heads and their parity with torch as the tests recorded it.")
 
     parity = command("parity", "checkpoint:parity", "Compare with torch: layers, greedy tokens, gradients. Exit status 1 over tolerance.")

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from jaxmodels.convert.files import replacing
 from jaxmodels.ops.loss import IGNORE
+from jaxmodels.processing.tokenizer import NO_LIMIT
 from jaxmodels.training.collators import draws
 from jaxmodels.training.packing import pack_documents
 from jaxmodels.training.sources import Row, Rows
@@ -73,7 +74,9 @@ def _example(ids: Sequence[int], counts: Any = True, max_length: int | None = No
 
 def text_example(row: Row, *, tokenizer: Any, field: str = "text", max_length: int | None = None) -> Example:
     """A document for language modelling, {"input_ids", "labels"} [T] int32: its tokens, and the end-of-text token if there is one."""
-    return _example(_ended(tokenizer(_field(row, field, str), return_tensors=None)["input_ids"], tokenizer), max_length=max_length)
+    # (a length without truncation: the tokenizer does not warn of long documents, which are cut later)
+    out = tokenizer(_field(row, field, str), truncation=False, max_length=NO_LIMIT, return_tensors=None)
+    return _example(_ended(out["input_ids"], tokenizer), max_length=max_length)
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
