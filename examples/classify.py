@@ -16,10 +16,8 @@ import jax
 import numpy as np
 
 from jaxmodels import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
-from jaxmodels.training import Trainer, TrainingArguments
-from jaxmodels.training.collators import DataCollatorForLanguageModeling, DataCollatorWithPadding
-from jaxmodels.training.data import Examples, classification_example
-from jaxmodels.training.sources import read_rows
+from jaxmodels.training import DataCollatorForLanguageModeling, DataCollatorWithPadding, Examples, Trainer, TrainingArguments, read_rows
+from jaxmodels.training.data import classification_example
 
 LENGTH = 64
 
@@ -35,7 +33,7 @@ def pretrained(data: Path, out: Path, steps: int) -> Path:
         output_dir=str(out / "pretraining"),
         max_steps=steps,
         per_device_train_batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=0.1,
         logging_steps=10,
         save_strategy="no",
@@ -57,8 +55,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py has written")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="checkpoint of an encoder; default: one that is pretrained here")
-    parser.add_argument("--pretraining-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pretraining-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=250)
     options = parser.parse_args()
 
     path = options.model or pretrained(options.data, options.out, options.pretraining_steps)
@@ -70,9 +68,9 @@ def main() -> None:
     args = TrainingArguments(
         output_dir=str(options.out / "fine-tuning"),
         max_steps=options.steps,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=32,
         per_device_eval_batch_size=16,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         warmup_steps=0.1,
         weight_decay=0.01,
         logging_steps=5,

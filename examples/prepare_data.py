@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jaxmodels.processing import train_bpe
 from jaxmodels.training.data import text_example, write_packed
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "xml")
+LABELLED = ("asyncio", "email", "logging", "unittest", "xml")  # whose functions are told apart
 LENGTH, VOCABULARY = 128, 2048
 
 
@@ -30,13 +31,13 @@ def is_held_out(text: str) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 16 == 0
 
 
-def modules() -> Iterator[tuple[int, str]]:
-    """(the package's number, the text) of every module."""
+def modules() -> Iterator[tuple[str, str]]:
+    """(the package, the text) of every module."""
     library = Path(sysconfig.get_path("stdlib"))
-    for number, package in enumerate(PACKAGES):
+    for package in PACKAGES:
         for path in sorted((library / package).rglob("*.py")):
             if "test" not in path.relative_to(library).parts:
-                yield number, path.read_text(encoding="utf-8")
+                yield package, path.read_text(encoding="utf-8")
 
 
 def functions(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -54,7 +55,7 @@ def conversation(source: str, arguments: list[str]) -> dict[str, Any]:
     return {"messages": [question, {"role": "assistant", "content": " and ".join(arguments)}]}
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -67,13 +68,14 @@ def main(out: Path) -> None:
     for name, held in (("packed", False), ("held_out", True)):
         documents = [example({"text": text}) for text in texts if is_held_out(text) == held]
         print(name, write_packed(out / name, documents, LENGTH))
-    functions_of = [(number, *function) for number, text in found for function in functions(text)]
+    functions_of = [(package, *function) for package, text in found for function in functions(text)]
     for suffix, held in (("", False), ("_held_out", True)):
         chosen = [function for function in functions_of if is_held_out(function[1]) == held]
-        write(out / f"functions{suffix}.jsonl", ({"text": source, "label": number} for number, source, _ in chosen))
-        short = [(source, arguments) for _, source, arguments in chosen if source.partition("\n")[0].endswith("):")]
-        write(out / f"chats{suffix}.jsonl", (conversation(*function) for function in short))
-        print(f"functions{suffix}", len(chosen), f"chats{suffix}", len(short))
+        labelled = [{"text": source, "label": LABELLED.index(package)} for package, source, _ in chosen if package in LABELLED]
+        chats = [conversation(source, arguments) for _, source, arguments in chosen if source.partition("\n")[0].endswith("):")]
+        for name, rows in (("functions", labelled), ("chats", chats)):
+            write(out / f"{name}{suffix}.jsonl", rows)
+            print(f"{name}{suffix}", len(rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from processing_fixtures import CORPUS, bert, llama3
 
 from jaxmodels.processing import AutoTokenizer
 from jaxmodels.training import collators, sources
+from jaxmodels.training.batches import Dataset
 from jaxmodels.training.data import (
     Examples,
     batches,
@@ -365,6 +366,35 @@ def test_masks_differ_from_batch_to_batch(directory):
     same = [{"input_ids": list(range(50, 90))}] * 8
     first, second = itertools.islice(batches(mixture([same]), 4, collator), 2)
     assert not np.array_equal(first["labels"], second["labels"])
+
+
+def test_a_trainers_masks_are_of_the_batchs_number(directory):
+    """Other in every batch and epoch, and the same where a run goes on."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, mask_token="<|mask|>")
+    collator = collators.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
+    same = [{"input_ids": list(range(50, 90))}] * 10
+    source = partial(Dataset, same, 4, collator=collator, labels=["labels"], strategy="random")
+    read = lambda dataset, epoch: [batch.arrays["labels"] for batch in dataset.epoch(epoch)]
+    seen = [labels for epoch in range(2) for labels in read(source(), epoch)]
+    assert len(seen) == 6 and not any(np.array_equal(a, b) for a, b in itertools.combinations(seen, 2))
+    resumed = source()
+    resumed.set_position(source().position() | {"row": 4})
+    assert all(np.array_equal(a, b) for a, b in zip(read(resumed, 1), seen[4:], strict=True))
+
+
+def test_the_page_on_training(tmp_path, monkeypatch, tokenizer):
+    """The code of docs/training.md runs as printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"text": text} for text in CORPUS])
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 9)
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    scope = {"tokenizer": tokenizer}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
+    assert {name: value.shape for name, value in scope["first"].items()} == dict.fromkeys(("input_ids", "labels", "segment_ids"), (2, 64))
+    here, there = next(scope["batches"]), next(scope["again"])
+    assert all(np.array_equal(here[name], there[name]) for name in here)
+    assert len(read_rows("packed")) > 5
 
 
 @pytest.mark.parametrize("format", ["npy", "array_record"])
