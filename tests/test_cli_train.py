@@ -150,6 +150,17 @@ def test_dpo_prefers_what_was_chosen(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_dpo_of_an_adapter_on_a_mesh(files, tmp_path):
+    training = {"num_train_epochs": 1, "max_steps": -1, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 8}
+    one = settings(files, tmp_path / "one", "pairs.jsonl", job="dpo", training=training, lora={"r": 4})
+    assert main(["train", str(one)]) == 0
+    mesh = ["mesh={fsdp: 4, tensor: 2}", "per_device_train_batch_size=2", f"output_dir={tmp_path / 'mesh'}"]
+    assert main(["train", str(one), *mesh]) == 0
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "one"), rtol=1e-4)
+    assert abs(losses(tmp_path / "one")[0] - np.log(2)) < 1e-5 and losses(tmp_path / "one")[-1] < 0.69
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(files, tmp_path):
     one = settings(files, tmp_path / "one", "packed/*.array_record", training={"per_device_train_batch_size": 8})
     assert main(["train", str(one)]) == 0

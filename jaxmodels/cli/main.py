@@ -118,12 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; errors about input are one line on standard error and exit status 1 (2 for usage)."""
+    """Run the command; errors about input, or a package that is missing, are one line on standard error and exit status 1 (2 for usage)."""
     args = build_parser().parse_args(argv)
     module, function = args.run.split(":")
     try:
         return getattr(importlib.import_module(f"jaxmodels.cli.{module}"), function)(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"jaxmodels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

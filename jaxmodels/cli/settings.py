@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxmodels.training.arguments import REFUSED, TrainingArguments
 from jaxmodels.training.lora import LoraConfig
+
+try:
+    import yaml
+except ImportError as error:
+    raise ImportError("the settings of a run need PyYAML, which is not installed: pip install 'jaxmodels[train]'") from error
 
 JOBS = ("pretrain", "sft", "dpo", "lora")
 

@@ -63,9 +63,9 @@ def _field(row: Row, name: str, *kinds: type) -> Any:
     return row[name]
 
 
-def _example(ids: Sequence[int], counts: Any = True, max_length: int | None = None) -> Example:
-    """ids [T] and labels [T], -100 where `counts` [T] is 0; ValueError when no label is left before the cut."""
-    ids = np.asarray(ids, np.int32)
+def _example(tokens: Sequence[int], counts: Any = True, max_length: int | None = None) -> Example:
+    """ids [T] and labels [T], -100 where `counts` [T] is 0, cut to max_length; ValueError when there was no label before the cut."""
+    ids = np.asarray(tokens, np.int32)
     labels = np.where(np.broadcast_to(np.asarray(counts, bool), ids.shape), ids, IGNORE).astype(np.int32)
     if not (labels != IGNORE).any():
         raise ValueError("has no token to learn from")

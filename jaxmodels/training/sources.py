@@ -191,9 +191,8 @@ def read_rows(paths: Paths, format: str | None = None) -> Rows:
     files' suffix. FileNotFoundError when a path names nothing, ValueError for a file that is not of its format."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format {format!r} is not known; known are {', '.join(FORMATS)}")
-    one = isinstance(paths, str | os.PathLike)
-    found = [file for path in ([paths] if one else paths) for file in _files(str(path), format)]  # type: ignore[list-item]
-    return Rows([_open(path, format) for path in found])
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return Rows([_open(file, format) for path in several for file in _files(str(path), format)])
 
 
 def _files(path: str, format: str | None) -> list[Path]:
