@@ -125,6 +125,7 @@ def test_sft_learns_the_assistants_tokens(files, tmp_path):
     loads_in_torch(out / "hf")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_leaves_an_adapter_and_the_model_with_it(files, tmp_path):
     out = tmp_path / "lora"
     config = settings(files, out, "chats.jsonl", job="lora", lora={"r": 4, "lora_alpha": 16}, data={"length": 64})
@@ -196,10 +197,15 @@ def test_every_field_may_be_overridden(files, tmp_path):
         "lora.target_modules=[q_proj]",
         "mesh.tensor=2",
     ]
-    found = read_settings(path, [*words, "--learning_rate", "3e-4", "--dpo.rpo_alpha", "null", "job=dpo"])
+    found = read_settings(path, [*words, "--learning_rate", "3e-4", "--dpo.rpo_alpha", "null", "job=dpo", "lr_scheduler_kwargs.min_lr=0"])
     assert found.training.max_steps == 7 and found.training.learning_rate == 3e-4 and found.data.train[0].weight == 2
     assert found.lora.r == 4 and found.lora.target_modules == ["q_proj"] and found.data.length == 48 and found.mesh == {"tensor": 2}
-    assert found.job == "dpo" and found.dpo.rpo_alpha is None and found.training.save_steps == 4
+    assert (
+        found.job == "dpo"
+        and found.dpo.rpo_alpha is None
+        and found.training.lr_scheduler_kwargs == {"min_lr": 0}
+        and found.training.save_steps == 4
+    )
 
 
 WRONG = {

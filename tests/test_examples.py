@@ -1,5 +1,6 @@
 """The examples as their pages say, in shorter runs: the loss falls, a run that was stopped goes on, torch loads what comes out."""
 
+import ast
 import json
 import os
 import subprocess
@@ -13,13 +14,13 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
 
 
 def python(directory, *arguments):
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAXMODELS_COMPILATION_CACHE": "off"}
     out = subprocess.run([sys.executable, *map(str, arguments)], cwd=directory, env=env, capture_output=True, text=True, timeout=400)
-    assert out.returncode == 0, out.stdout + out.stderr
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     return out.stdout
 
 
@@ -75,7 +76,7 @@ def test_classification(directory):
     with torch.no_grad():
         batch = tokenizer([row["text"] for row in rows], truncation=True, padding=True, return_tensors="pt")
         accuracy = (model(**batch).logits.argmax(-1).numpy() == [row["label"] for row in rows]).mean()
-    assert f"'eval_accuracy': {accuracy:.4f}"[:24] in out  # torch agrees about every one of them
+    assert ast.literal_eval(out.splitlines()[-1])["eval_accuracy"] == pytest.approx(accuracy)
 
 
 def test_sft_with_lora(directory):

@@ -161,12 +161,12 @@ def _inner(kind: Any) -> Any:
 
 def _qualified(name: str) -> str:
     """A field's name with its section."""
-    top = _fields(Settings)
-    if "." in name or name in top:
+    top, field = _fields(Settings), name.partition(".")[0]
+    if field in top:
         return name
-    sections = [section for section, kind in top.items() if dataclasses.is_dataclass(_inner(kind)) and name in _fields(_inner(kind))]
+    sections = [section for section, kind in top.items() if dataclasses.is_dataclass(_inner(kind)) and field in _fields(_inner(kind))]
     if len(sections) > 1:
-        raise ValueError(f"{name} is a field of {' and of '.join(sections)}: say which, as {sections[0]}.{name}")
+        raise ValueError(f"{field} is a field of {' and of '.join(sections)}: say which, as {sections[0]}.{name}")
     return f"{sections[0]}.{name}" if sections else name
 
 

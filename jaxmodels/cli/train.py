@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.auto import AutoConfig, AutoModelForCausalLM, save_pretrained
@@ -175,7 +175,7 @@ def referenced(settings: Settings, model: Any, params: Any, collator: Any, pairs
         batch = collator([*part, *part[:1] * (rows - len(part))])
         if model.rules is not None:
             batch = jax.device_put(batch, NamedSharding(model.rules.mesh, PartitionSpec()))
-        logps = multihost_utils.process_allgather(reference(params, batch), tiled=True)
+        logps = process_allgather(reference(params, batch), tiled=True)
         found += [pair | {name: np.float32(value[j]) for name, value in logps.items()} for j, pair in enumerate(part)]
     return found
 
@@ -190,8 +190,6 @@ def save(settings: Settings, trainer: Trainer) -> None:
         trainer.save_model(out / "hf")
     else:
         trainer.save_model(out / "adapter")
-        save_pretrained(out / "hf", trainer.model, merge(trainer.params)[0])
-        if trainer.is_world_process_zero():
-            trainer.processing_class.save_pretrained(out / "hf")
+        trainer.write(out / "hf", merge(trainer.params)[0], save_pretrained)
     if trainer.is_world_process_zero():
         print(f"{out / 'hf'}: written", flush=True)

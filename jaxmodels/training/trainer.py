@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from jaxmodels.auto import save_pretrained
 from jaxmodels.convert.errors import CheckpointError
@@ -224,12 +226,20 @@ class Trainer:
         path = self.args.output_dir if output_dir is None else output_dir
         flat = flatten(self.params)
         params = unflatten({name: leaf.astype(self._dtypes.get(name, leaf.dtype)) for name, leaf in flat.items()})
-        if self.peft_config is not None:
-            save_adapter(path, self.model, params, self.peft_config)
-        else:
-            save_pretrained(path, self.model, params)
-        if hasattr(self.processing_class, "save_pretrained") and self.is_world_process_zero():
-            self.processing_class.save_pretrained(path)
+        adapter = None if self.peft_config is None else partial(save_adapter, config=self.peft_config)
+        self.write(path, params, adapter or save_pretrained)
+
+    def write(self, path: str | Path, params: Any, save: Callable[..., None]) -> None:
+        """save(path, model, params) and the processing class's files; of several processes the first writes, and all wait for it."""
+        model = self.model
+        if jax.process_count() > 1:
+            model, params = dataclasses.replace(model, rules=None), process_allgather(params, tiled=True)
+        if self.is_world_process_zero():
+            save(path, model, params)
+            if hasattr(self.processing_class, "save_pretrained"):
+                self.processing_class.save_pretrained(path)
+        if jax.process_count() > 1:
+            sync_global_devices("written")
 
     # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
