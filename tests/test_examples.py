@@ -61,7 +61,8 @@ def test_pretraining(directory):
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
     model, tokenizer = loads_in_torch(directory / "runs" / "pretrain" / "hf", transformers.AutoModelForCausalLM)
     ids = tokenizer("import os\nimport sys\n\n\nclass Error(Exception):\n    def __init__(self", return_tensors="pt").input_ids
-    assert float(model(ids, labels=ids).loss) < losses[0] - 1
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < losses[0] - 1
 
 
 def test_classification(directory):
@@ -80,7 +81,7 @@ def test_classification(directory):
 
 
 def test_sft_with_lora(directory):
-    python(directory, "-m", "jaxmodels.cli.main", "train", "examples/sft_lora.yaml", "max_steps=40", "save_steps=40")
+    python(directory, "-m", "jaxmodels.cli.main", "train", "examples/sft_lora.yaml")
     run = directory / "runs" / "sft_lora"
     losses = logged(run, "loss")
     assert losses[-1] < losses[0] / 4 and logged(run, "eval_loss")[-1] < losses[0] / 4
@@ -92,4 +93,4 @@ def test_sft_with_lora(directory):
         base = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "jaxmodels" / "assets" / "tiny-python", dtype=torch.float32)
         adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()(ids).logits
         assert (adapted - model(ids).logits).abs().max() < 1e-3
-    assert answer.startswith("self and "), answer
+    assert answer.startswith("self and text"), answer
