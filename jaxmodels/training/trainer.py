@@ -234,12 +234,14 @@ class Trainer:
         model = self.model
         if jax.process_count() > 1:
             model, params = dataclasses.replace(model, rules=None), process_allgather(params, tiled=True)
-        if self.is_world_process_zero():
-            save(path, model, params)
-            if hasattr(self.processing_class, "save_pretrained"):
-                self.processing_class.save_pretrained(path)
-        if jax.process_count() > 1:
-            sync_global_devices("written")
+        try:
+            if self.is_world_process_zero():
+                save(path, model, params)
+                if hasattr(self.processing_class, "save_pretrained"):
+                    self.processing_class.save_pretrained(path)
+        finally:
+            if jax.process_count() > 1:
+                sync_global_devices("written")
 
     # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
