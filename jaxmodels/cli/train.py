@@ -71,7 +71,7 @@ def make_trainer(settings: Settings) -> Trainer:
 
 def load_tokenizer(settings: Settings) -> Any:
     options = settings.model
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.path)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or str(options.path))
     if options.chat_template is not None:
         text = options.chat_template
         tokenizer.chat_template = text if "{" in text else Path(text).read_text(encoding="utf-8")
@@ -82,11 +82,11 @@ def load_tokenizer(settings: Settings) -> Any:
 
 def load_model(settings: Settings) -> tuple[Any, Any]:
     options = settings.model
-    rules = resolve_rules(settings.rules, None if settings.mesh is None else make_mesh(**settings.mesh))
+    rules = resolve_rules(settings.rules, None if settings.mesh is None else make_mesh(None, **settings.mesh))
     form = {"scan_layers": options.scan_layers, "attn_implementation": options.attn_implementation, "rules": rules}
     if options.path is not None:
         return AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype, **form)
-    config = AutoConfig.for_model(**{"model_type": None, **options.config})
+    config = AutoConfig.for_model(**{"model_type": None, **(options.config or {})})
     dtype = "float32" if options.dtype == "auto" else options.dtype
     return AutoModelForCausalLM.from_config(config, key=jax.random.key(settings.training.seed), dtype=dtype, **form)
 
