@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--sweep", action="store_true", help="try meshes and remat policies and rank them")
     _hub(plan)
 
+    train = command("train", "train:run", "Train by a YAML file: pretraining, SFT, DPO, LoRA. Started again, it goes on where it stopped.")
+    train.add_argument("config", metavar="CONFIG.yaml")
+    what = "--section.field VALUE | section.field=VALUE"
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar=what, help="in place of the file's; values are YAML")
+
     command("families", "families:families", "The families, their heads and their parity with torch as the tests recorded it.")
 
     parity = command("parity", "checkpoint:parity", "Compare with torch: layers, greedy tokens, gradients. Exit status 1 over tolerance.")
@@ -113,12 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; errors about input are one line on standard error and exit status 1 (2 for usage)."""
+    """Run the command; errors about input, or a package that is missing, are one line on standard error and exit status 1 (2 for usage)."""
     args = build_parser().parse_args(argv)
     module, function = args.run.split(":")
     try:
         return getattr(importlib.import_module(f"jaxmodels.cli.{module}"), function)(args) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"jaxmodels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

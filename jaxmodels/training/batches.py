@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxmodels.ops.loss import IGNORE
+from jaxmodels.training.collators import draws
 
 Arrays = dict[str, np.ndarray]
-Collator = Callable[[list[Mapping[str, Any]]], Mapping[str, Any]]
+Collator = Callable[..., Mapping[str, Any]]  # of a list of examples and, where it draws, `step`
 POSITIONS = ("start_positions", "end_positions")
 
 
@@ -30,21 +31,6 @@ class Batch:
     rows: int
     real: int
     name: str
-
-
-def stack(examples: list[Mapping[str, Any]]) -> Arrays:
-    """Examples of equal shapes as one batch; `label` and `label_ids` become `labels`, text is left out. ValueError names what differs."""
-    names = {"label": "labels", "label_ids": "labels"}
-    batch: Arrays = {}
-    for name, first in examples[0].items():
-        if first is None or isinstance(first, str):
-            continue
-        values = [np.asarray(example[name]) for example in examples]
-        shapes = {value.shape for value in values}
-        if len(shapes) > 1:
-            raise ValueError(f"{name} has shapes {sorted(shapes)[:4]} in one batch: give a data_collator that pads")
-        batch[names.get(name, name)] = np.stack(values)
-    return batch
 
 
 def label_names_of(model: Any) -> list[str]:
@@ -132,7 +118,7 @@ class Dataset:
         self.steps = -(-self.examples // rows)
         if not self.steps:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(dataset)} examples in batches of {self.part}")
-        self.row = 0
+        self.row = self.number = 0
 
     def order(self, epoch: int) -> np.ndarray:
         if self.strategy == "sequential":
@@ -144,6 +130,7 @@ class Dataset:
         """From where `position` says to the end."""
         order = self.order(epoch)[: self.examples]
         while self.row < self.examples:
+            self.number = epoch * self.steps + self.row // self.rows
             numbers = order[self.row : self.row + self.rows]
             self.row += len(numbers)
             yield self.make(numbers)
@@ -176,7 +163,9 @@ class Dataset:
                     f"an example has {', '.join(self.dataset[int(numbers[0])])}, nothing of which the model takes; "
                     "remove_unused_columns=False keeps them for the collator"
                 )
-        return {name: np.asarray(value) for name, value in self.collator(examples).items()}
+        # each process draws for its own rows
+        step = {"step": self.number * jax.process_count() + jax.process_index()} if draws(self.collator) else {}
+        return {name: np.asarray(value) for name, value in self.collator(examples, **step).items()}
 
     def share(self, max_steps: int) -> float:
         """How much of the epoch is done, counted in parts as HF does."""

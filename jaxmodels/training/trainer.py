@@ -11,20 +11,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from jaxmodels.auto import save_pretrained
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.ops.loss import LossOptions
 from jaxmodels.params import flatten, unflatten
 from jaxmodels.training.arguments import Seq2SeqTrainingArguments, TrainingArguments
-from jaxmodels.training.batches import Collator, Dataset, Stream, batch_devices, inputs_of, label_names_of, stack
+from jaxmodels.training.batches import Collator, Dataset, Stream, batch_devices, inputs_of, label_names_of
 from jaxmodels.training.callbacks import REPORTERS, CallbackHandler, DefaultFlowCallback, ProgressCallback, TrainerControl, TrainerState
+from jaxmodels.training.collators import default_data_collator
 from jaxmodels.training.evaluation import EvalLoopOutput, PredictionOutput, evaluation_loop, make_loss_step, make_predict_step
 from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, save_adapter
 from jaxmodels.training.optimizers import make_optimizer
@@ -39,7 +42,8 @@ Metric = Callable[..., Mapping[str, Any]]
 class Trainer:
     """HF's, of a model and its parameters, which it does not change: `params` is a property that follows the training.
 
-    data_collator: examples of a dataset to a batch of arrays, by default `stack`. train_dataset: a sequence (len and []) of dicts, permuted
+    data_collator: examples of a dataset to a batch of arrays, by default `default_data_collator`; one with an argument `step` gets
+        a number of the batch, to draw by. train_dataset: a sequence (len and []) of dicts, permuted
         in every epoch by the seed; or an iterable whose iterator makes batches of numpy arrays, each for one step of this process, and has
         get_state and set_state to be resumed where it stopped (grain). eval_dataset: likewise, or {name: dataset}.
     compute_metrics: EvalPrediction -> {name: number}. preprocess_logits_for_metrics: (outputs, labels) -> what is kept of them, a pure
@@ -78,7 +82,7 @@ class Trainer:
         self.model = dataclasses.replace(model, dtype=compute, remat=args.remat or model.remat)
         whole = jnp.bfloat16 if args.bf16_full_eval else jnp.float16 if args.fp16_full_eval else compute
         self.eval_model = dataclasses.replace(self.model, dtype=whole, remat=None)
-        self.data_collator = data_collator or stack
+        self.data_collator = data_collator or default_data_collator
         self.train_dataset, self.eval_dataset, self.processing_class = train_dataset, eval_dataset, processing_class
         self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
         self.label_names = args.label_names or label_names_of(model)
@@ -221,12 +225,22 @@ class Trainer:
         path = self.args.output_dir if output_dir is None else output_dir
         flat = flatten(self.params)
         params = unflatten({name: leaf.astype(self._dtypes.get(name, leaf.dtype)) for name, leaf in flat.items()})
-        if self.peft_config is not None:
-            save_adapter(path, self.model, params, self.peft_config)
-        else:
-            save_pretrained(path, self.model, params)
-        if hasattr(self.processing_class, "save_pretrained") and self.is_world_process_zero():
-            self.processing_class.save_pretrained(path)
+        adapter = None if self.peft_config is None else partial(save_adapter, config=self.peft_config)
+        self.write(path, params, adapter or save_pretrained)
+
+    def write(self, path: str | Path, params: Any, save: Callable[..., None]) -> None:
+        """save(path, model, params) and the processing class's files; of several processes the first writes, and all wait for it."""
+        model = self.model
+        if jax.process_count() > 1:
+            model, params = dataclasses.replace(model, rules=None), process_allgather(params, tiled=True)
+        try:
+            if self.is_world_process_zero():
+                save(path, model, params)
+                if hasattr(self.processing_class, "save_pretrained"):
+                    self.processing_class.save_pretrained(path)
+        finally:
+            if jax.process_count() > 1:
+                sync_global_devices("written")
 
     # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
