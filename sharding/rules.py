@@ -1,7 +1,8 @@
 """Logical axes to mesh axes: models name what an axis is, a `Rules` value says where it lives.
 
 Parameters carry `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `experts`, `layers`; activations `batch`, `seq`, `act_embed`,
-`act_heads`, `act_kv_heads`, `act_mlp`, `act_vocab`. Mesh axes are `data`, `fsdp`, `tensor`, `sequence`, `expert`."""
+`act_heads`, `act_kv_heads`, `act_mlp`, `act_vocab`. Mesh axes are `stage`, `data`, `fsdp`, `tensor`, `sequence`, `expert`; under every
+preset `stage` cuts scanned layers into the stages of a pipeline, which training runs."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 Axes = Sequence[str | None]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+MESH_AXES = ("stage", "data", "fsdp", "tensor", "sequence", "expert")
 
 _ACTIVATIONS: Table = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("stage", "data", "fsdp", "expert")),  # outside the pipeline the stages share the rows
+    ("layers", ("stage",)),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),
     ("act_mlp", ("tensor",)),
@@ -28,9 +30,10 @@ _ACTIVATIONS: Table = (
 )
 _TENSOR: Table = (("heads", ("tensor",)), ("kv_heads", ("tensor",)), ("mlp", ("tensor",)), ("vocab", ("tensor",)))
 _FSDP: Table = (("embed", ("fsdp",)),)
+_SPLIT: Table = (*_FSDP, ("layers", ("stage",)))
 
 PRESETS: dict[str, Table] = {
-    "replicated": _ACTIVATIONS[:1],
+    "replicated": _ACTIVATIONS[:2],
     "zero1": _ACTIVATIONS,
     "zero2": _ACTIVATIONS,
     "fsdp": _ACTIVATIONS + _FSDP,
@@ -41,7 +44,7 @@ PRESETS: dict[str, Table] = {
 }
 
 
-SPLIT = {"zero1": {"optimizer": _FSDP}, "zero2": {"optimizer": _FSDP, "gradients": _FSDP}}  # what lives elsewhere than its parameter
+SPLIT = {"zero1": {"optimizer": _SPLIT}, "zero2": {"optimizer": _SPLIT, "gradients": _SPLIT}}  # what lives elsewhere than its parameter
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -73,12 +76,17 @@ class Rules:
     static under jit. ValueError for a mesh axis that is neither usual nor the mesh's.
 
     optimizer, gradients: tables for the optimizer's state and for gradients, where these do not live as their parameters: whole parameters
-    beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`."""
+    beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`.
+    microbatches: into how many parts a batch goes through the pipeline of a mesh with `stage`, a multiple of the stages, by default as many;
+    of M microbatches and S stages (S-1)/(M+S-1) of the time is idle. ValueError for another number, or without stages.
+    around: the mesh axes over which what has these rules is mapped as a whole, that of one stage over those of all."""
 
     mesh: Mesh | AbstractMesh
     table: Table
     optimizer: Table | None = None
     gradients: Table | None = None
+    microbatches: int | None = None
+    around: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tables = (self.table, self.optimizer or (), self.gradients or ())
@@ -87,17 +95,40 @@ class Rules:
             raise ValueError(
                 f"the rules name mesh axes {sorted(unknown)}; the mesh has {list(self.mesh.shape)}, usual are {', '.join(MESH_AXES)}"
             )
+        if self.microbatches is not None and (not self.stages or self.microbatches < 1 or self.microbatches % self.stage_count):
+            raise ValueError(
+                f"microbatches = {self.microbatches}: with a mesh of {dict(self.mesh.shape)} they must be a multiple of its `stage`"
+                + ("" if self.stages else ", which it lacks")
+            )
 
     @classmethod
-    def preset(cls, name: str, mesh: Mesh | AbstractMesh) -> Rules:
+    def preset(cls, name: str, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
-        return cls(mesh, PRESETS[name], **SPLIT.get(name, {}))
+        return cls(mesh, PRESETS[name], **SPLIT.get(name, {}), microbatches=microbatches)
 
     def of(self, role: str) -> Rules:
         """The rules by which `params`, `gradients` or the `optimizer`'s state live."""
         table = self.gradients if role == "gradients" else self.optimizer if role == "optimizer" else None
         return self if table is None else Rules(self.mesh, table)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The mesh axes over which scanned layers are cut into the stages of a pipeline; none where these make one stage."""
+        return tuple(m for m in dict(self.table).get("layers", ()) if self.mesh.shape.get(m, 1) > 1)
+
+    @property
+    def stage_count(self) -> int:
+        return math.prod(self.mesh.shape[m] for m in self.stages)
+
+    @property
+    def microbatch_count(self) -> int:
+        return self.microbatches or self.stage_count
+
+    def inside_stage(self) -> Rules:
+        """The rules of what one stage computes, which knows nothing of the others."""
+        table = tuple((axis, tuple(m for m in wanted if m not in self.stages)) for axis, wanted in self.table)
+        return Rules(self.mesh, table, around=self.stages)
 
     @property
     def platform(self) -> str:

@@ -174,6 +174,7 @@ def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array
     names = {*experts, *tokens}
     if not names:
         return local(params, x, weights, chosen)
+    names |= {*rules.around}  # over which jax.vmap has spread what stands here
     specs = (PartitionSpec(split), spec, spec, spec)
     return jax.shard_map(local, mesh=rules.mesh, in_specs=specs, out_specs=spec, axis_names=names, check_vma=False)(
         params, x, weights, chosen
