@@ -439,10 +439,10 @@ class Layers(nn.Module):
             x, states, reports = loop(params, x, states, step, key, jnp.arange(repeats))
             return x, states, *reports
 
-        def stage(params: Any, rows: tuple, number: jax.Array, microbatch: jax.Array) -> tuple:
+        def stage(params: Any, rows: tuple, number: jax.Array, piece: jax.Array) -> tuple:
             x, step = rows
             mine = repeats // rules.stage_count
-            own = None if key is None else jax.random.fold_in(key, microbatch)
+            own = None if key is None else jax.random.fold_in(key, piece)
             x, _, reports = loop(params, x, None, step, own, number * mine + jnp.arange(mine))
             return (x, step), reports
 

@@ -180,11 +180,13 @@ def plan(
     remat: str | None = "full",
     dtype: Any = jnp.bfloat16,
     scan_layers: bool = True,
+    microbatches: int | None = None,
 ) -> Plan:
     """Compile `job` of the config's causal model for the topology and read what it needs.
 
     train: one AdamW step on [batch, length] tokens, float32 master parameters, compute in `dtype`; prefill: a prompt [batch, length] into
     a cache; decode: one token a row with a cache of `length` slots. rules: a preset; default the one that the mesh's axes ask for.
+    microbatches: as in Rules, of a mesh with `stage`.
     ValueError for bad arguments; a program for which the compiler finds no room is a Plan that says so."""
     from jaxmodels.auto import AutoModelForCausalLM
 
@@ -194,14 +196,15 @@ def plan(
     kind = devices[0].device_kind
     if kind not in CHIPS:
         raise ValueError(f"no peaks are known for {kind!r}; known are {', '.join(CHIPS)}")
-    laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh))
+    laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
     attention = "splash" if job != "decode" and kernel_suffices(config) else None
     cls = AutoModelForCausalLM.class_for(config)
     model = cls(
         config, dtype=dtype, scan_layers=scan_layers, remat=remat if job == "train" else None, rules=laid, attn_implementation=attention
     )
     jitted, arguments = PROGRAMS[job](model, batch, length)
-    plain = PROGRAMS[job](dataclasses.replace(model, remat=None), batch, length)[0]
+    unstaged = Rules(laid.mesh, tuple(line for line in laid.table if line[0] != "layers"))
+    plain = PROGRAMS[job](dataclasses.replace(model, remat=None, rules=unstaged), batch, length)[0]
     share = _own_rows(laid)
     flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
     shape: dict[str, Any] = {

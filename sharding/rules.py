@@ -7,6 +7,7 @@ preset `stage` cuts scanned layers into the stages of a pipeline, which training
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,7 +80,7 @@ class Rules:
     beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`.
     microbatches: into how many parts a batch goes through the pipeline of a mesh with `stage`, a multiple of the stages, by default as many;
     of M microbatches and S stages (S-1)/(M+S-1) of the time is idle. ValueError for another number, or without stages.
-    around: the mesh axes over which what has these rules is mapped as a whole, that of one stage over those of all."""
+    around: the mesh axes over which what has these rules is mapped as a whole: the stages and their replicas, for the work of one."""
 
     mesh: Mesh | AbstractMesh
     table: Table
@@ -125,10 +126,18 @@ class Rules:
     def microbatch_count(self) -> int:
         return self.microbatches or self.stage_count
 
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The mesh axes, first in `batch` after the stages, over which rows are split and no parameter is."""
+        rows = (m for m in dict(self.table).get("batch", ()) if m in self.mesh.shape and m not in self.stages)
+        others = {m for axis, wanted in self.table if axis not in ("batch", "layers") for m in wanted}
+        return tuple(itertools.takewhile(lambda m: m not in others, rows))
+
     def inside_stage(self) -> Rules:
-        """The rules of what one stage computes, which knows nothing of the others."""
-        table = tuple((axis, tuple(m for m in wanted if m not in self.stages)) for axis, wanted in self.table)
-        return Rules(self.mesh, table, around=self.stages)
+        """The rules of what one replica of one stage computes, which knows nothing of the others."""
+        around = (*self.stages, *self.replicas)
+        table = tuple((axis, tuple(m for m in wanted if m not in around)) for axis, wanted in self.table)
+        return Rules(self.mesh, table, around=around)
 
     @property
     def platform(self) -> str:
