@@ -75,6 +75,7 @@ class Plan:
     useful_flops: float
     program: Program | None
     refused: str = ""  # the compiler's words where it found no room
+    microbatches: int = 1  # of a pipeline
 
     @property
     def chips(self) -> int:
@@ -83,6 +84,12 @@ class Plan:
     @property
     def needed(self) -> int:
         return self.arguments + self.temporaries + self.outputs + self.code
+
+    @property
+    def bubble(self) -> float:
+        """The share of its time that a stage of the pipeline is idle."""
+        stages = self.mesh.get("stage", 1)
+        return (stages - 1) / (self.microbatches + stages - 1)
 
     @property
     def fits(self) -> bool:
@@ -130,7 +137,8 @@ class Plan:
         mesh = ",".join(f"{k}={v}" for k, v in self.mesh.items())
         lines = [
             f"{self.job} of {self.batch} × {self.length} tokens on {self.topology} ({self.chips} × {self.chip.name}), mesh {mesh}"
-            + (f", remat {self.remat}" if self.job == "train" else ""),
+            + (f", remat {self.remat}" if self.job == "train" else "")
+            + (f", {self.microbatches} microbatches: stages idle {100 * self.bubble:.0f} % of the time" if self.bubble else ""),
             f"parameters   {self.parameters:,}",
         ]
         if self.refused:
@@ -210,6 +218,7 @@ def plan(
     shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
+        "microbatches": laid.microbatch_count,
     }  # fmt: skip
     try:
         compiled = jitted.lower(*arguments).compile()

@@ -151,6 +151,20 @@ def test_8b_trains_on_v5e():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_8b_trains_in_a_pipeline():
+    """Eight stages: activations go to the neighbours in each of 39 ticks, a stage's gradients are reduced over its replicas once, and no
+    parameter is gathered."""
+    mesh = {"stage": 8, "tensor": 4, "data": 8}
+    found = plan(LLAMA_8B, topology="v5e:16x16", mesh=mesh, job="train", batch=256, length=2048, microbatches=32)
+    assert found.fits and found.bubble == 7 / 39 and "32 microbatches: stages idle 18 %" in str(found)
+    large = kinds(found.program, 1 << 23)  # a microbatch of one replica is 16 MB
+    assert large["collective-permute", 8] == 4 * 39
+    assert set(large) == {("collective-permute", 8), ("all-reduce", 4), ("all-reduce", 8), ("all-reduce", 64)}
+    assert large["all-reduce", 8] + large["all-reduce", 64] < 39
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_70b_decodes_on_v5p():
     found = plan(LLAMA_70B, topology="v5p:4x4x4", mesh={"data": 8, "tensor": 8}, job="decode", batch=64, length=4096)
     assert found.fits and found.parameters == 70_553_706_496
