@@ -78,8 +78,8 @@ class Rules:
 
     optimizer, gradients: tables for the optimizer's state and for gradients, where these do not live as their parameters: whole parameters
     beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`.
-    microbatches: into how many parts a batch goes through the pipeline of a mesh with `stage`, a multiple of the stages, by default as many;
-    of M microbatches and S stages (S-1)/(M+S-1) of the time is idle. ValueError for another number, or without stages.
+    microbatches: into how many parts a batch goes through the pipeline of a mesh with `stage`, a multiple of the stages, by default as
+    many; of M microbatches and S stages (S-1)/(M+S-1) of the time is idle. ValueError for another number, or without stages.
     around: the mesh axes over which what has these rules is mapped as a whole: the stages and their replicas, for the work of one."""
 
     mesh: Mesh | AbstractMesh

@@ -31,12 +31,24 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**DECODER, num_hidden_layers=4), scan_layer
 GEMMA = Gemma3TextConfig(**DECODER, num_hidden_layers=9, sliding_window_pattern=2, sliding_window=5)
 MIXTRAL = MixtralConfig(**DECODER, num_hidden_layers=4, num_local_experts=4, sliding_window=None, output_router_logits=True)
 T5 = T5Config(
-    vocab_size=97, hidden_size=32, head_dim=8, d_ff=48, num_hidden_layers=2, num_attention_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+    vocab_size=97,
+    hidden_size=32,
+    head_dim=8,
+    d_ff=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
 )
 CASES = {
     "llama": (LLAMA, "fsdp+tensor", {"stage": 2, "fsdp": 2, "tensor": 2}, 4),
     "gemma3": (Gemma3ForCausalLM(GEMMA, scan_layers=True), "fsdp", {"stage": 4, "data": 2}, 4),
-    "bert": (BertForMaskedLM(BertConfig(**SHAPE, **NO_DROPOUT, num_hidden_layers=4), scan_layers=True), "zero2", {"stage": 2, "fsdp": 4}, 2),
+    "bert": (
+        BertForMaskedLM(BertConfig(**SHAPE, **NO_DROPOUT, num_hidden_layers=4), scan_layers=True),
+        "zero2",
+        {"stage": 2, "fsdp": 4},
+        2,
+    ),
     "mixtral": (MixtralForCausalLM(MIXTRAL, scan_layers=True), "expert", {"stage": 2, "data": 2, "expert": 2}, 2),  # the router's loss too
     "t5": (T5ForConditionalGeneration(T5, scan_layers=True), "sequence", {"stage": 2, "sequence": 2, "tensor": 2}, 2),
 }

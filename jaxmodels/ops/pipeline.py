@@ -4,8 +4,8 @@ The schedule is one loop over M + S - 1 ticks. In each, every stage computes the
 batch itself lies spread over the stages: the parts that wait move towards the first stage, and what leaves the last one takes their place,
 so that no device ever holds more than its share and nothing is gathered. A stage is idle for (S-1)/(M+S-1) of the ticks.
 
-Where the mesh has replicas of a stage (axes that split rows alone), each has a copy of the parameters to itself, so that gradients are added
-up over the replicas once, after the loop, and not in every tick.
+Where the mesh has replicas of a stage (axes that split rows alone), each has a copy of the parameters to itself, so that gradients are
+added up over the replicas once, after the loop, and not in every tick.
 
 Axis letters: B rows, S stages, M microbatches, C = M/S that a stage keeps, b = B/M rows of one, R replicas, L layers of a stage."""
 
@@ -113,6 +113,6 @@ def _check(rows: int, microbatches: int, rules: Any) -> None:
     pieces = math.prod(n for axis, n in over.items() if axis not in rules.stages)
     if rows // microbatches % pieces:
         raise ValueError(
-            f"{rows} rows in {microbatches} microbatches (Rules.microbatches) are {rows // microbatches} each, which the mesh {over} does not "
-            f"divide: fewer microbatches, or a batch of a multiple of {microbatches * pieces} rows"
+            f"{rows} rows in {microbatches} microbatches (Rules.microbatches) are {rows // microbatches} each, which the mesh {over} does "
+            f"not divide: fewer microbatches, or a batch of a multiple of {microbatches * pieces} rows"
         )

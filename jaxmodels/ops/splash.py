@@ -48,8 +48,8 @@ mlir.register_lowering(_zero_on_tpu, _elsewhere)
 
 
 class _Band(kernels.LocalMask):
-    """Causal, over the last `window` columns. The library looks at every block of the mask while it traces. Only those that the band's edges
-    cross need looking at: the others are answered with one element, which takes 131,072 tokens from two minutes to seconds."""
+    """Causal, over the last `window` columns. The library looks at every block of the mask while it traces. Only those that the band's
+    edges cross need looking at: the others are answered with one element, which takes 131,072 tokens from two minutes to seconds."""
 
     def __init__(self, length: int, window: int | None):
         super().__init__((length, length), (None if window is None else window - 1, 0), 0)
@@ -101,9 +101,10 @@ def splash(
 
     window: tokens seen, the query's own included; positions that jump must jump by as much, as they do where documents are packed. softcap:
     logits are softcap·tanh(logits/softcap).
-    With S != T (decoding, a later turn, a cache that held something) it is `xla`, or with a softcap `eager`: one query has no tile to fill,
-    and there columns say nothing of positions. The compiler cannot split a kernel, so on several devices it needs the model's `rules`: batch
-    and query heads are split as the rules say, key heads with them, and of a split sequence each device does its queries over all keys.
+    With S != T (decoding, a later turn, a cache that held something) it is `xla`, or with a softcap `eager`: one query has no tile to
+    fill, and there columns say nothing of positions. The compiler cannot split a kernel, so on several devices it needs the model's
+    `rules`: batch and query heads are split as the rules say, key heads with them, and of a split sequence each device does its queries
+    over all keys.
     `interpret` runs the kernel's arithmetic on any platform, slowly. ValueError when it is compiled for anything but TPU.
     The kernel has no scale of its own: queries are multiplied by `scale` in float32 and rounded to their dtype before it."""
     if not interpret:
