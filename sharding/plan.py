@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.cache import cache_shardings, init_cache
-from jaxmodels.ops.attention import IMPLEMENTATIONS
 from jaxmodels.params import abstract_params, count_params
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import Program, analyse
@@ -205,8 +204,8 @@ def plan(
     if kind not in CHIPS:
         raise ValueError(f"no peaks are known for {kind!r}; known are {', '.join(CHIPS)}")
     laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
-    attention = "splash" if job != "decode" and kernel_suffices(config) else None
     cls = AutoModelForCausalLM.class_for(config)
+    attention = "splash" if job != "decode" and flash_suffices(cls(config)) else None
     model = cls(
         config, dtype=dtype, scan_layers=scan_layers, remat=remat if job == "train" else None, rules=laid, attn_implementation=attention
     )
@@ -245,12 +244,13 @@ def preset_for(mesh: Mapping[str, int]) -> str:
     return "fsdp+tensor" if "tensor" in mesh else "fsdp"
 
 
-def kernel_suffices(config: Any) -> bool:
-    """Whether the flash kernel can do every layer of the family: plain causal attention with heads that say their size."""
-    from jaxmodels.cache import KVSpec
-
-    plain = all(isinstance(config.layer_spec(kind), KVSpec) for kind in config.layer_kinds)
-    return plain and "splash" in IMPLEMENTATIONS
+def flash_suffices(model: Any) -> bool:
+    """Whether the flash kernel has all options that the layers of the model ask attention for."""
+    try:
+        abstract_params(dataclasses.replace(model, attn_implementation="splash"))
+    except ValueError:
+        return False
+    return True
 
 
 def sweep(

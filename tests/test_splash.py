@@ -266,12 +266,14 @@ from jaxmodels.sharding import Rules, make_mesh
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 B, T, block = 4, 300, 384
-config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=640, num_hidden_layers=1,
-                     num_attention_heads=4, num_key_value_heads=2)
+shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+llama = LlamaForCausalLM, LlamaConfig(**shape, num_hidden_layers=1)
+gemma = Gemma2ForCausalLM, Gemma2Config(**shape, num_hidden_layers=2, head_dim=64, sliding_window=100)
 
-def compiled(attention, mesh, grad=False):
+def compiled(attention, mesh, grad=False, family=llama):
     rules = Rules.preset("fsdp+tensor", make_mesh(devices[: mesh["fsdp"] * mesh["tensor"]], **mesh))
-    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, attn_implementation=attention, rules=rules)
+    cls, config = family
+    model = cls(config, dtype=jnp.bfloat16, attn_implementation=attention, rules=rules)
     here = rules.sharding((None,), (1,))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                           jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16)))
@@ -284,6 +286,7 @@ def compiled(attention, mesh, grad=False):
 one = {"fsdp": 1, "tensor": 1}
 compiled("xla", one)
 compiled("splash", {"fsdp": 2, "tensor": 2}, grad=True)
+compiled("splash", {"fsdp": 2, "tensor": 2}, grad=True, family=gemma)
 with parity_mode():
     compiled("splash", one)
 """
@@ -291,7 +294,8 @@ with parity_mode():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, with which a CPU machine compiles for TPU")
 def test_the_program_for_tpu():
-    """A whole Llama compiled for v5e: the kernel once for its layer, three times with gradients, and nothing of shape [T,T]."""
+    """A whole Llama compiled for v5e: the kernel once for its layer, three times with gradients, and nothing of shape [T,T]; so for each of
+    two layers of Gemma 2, one with a window, both with soft caps."""
     topology = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     found = subprocess_output(COMPILE, **topology, ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
-    assert found.split("\n")[:-1] == ["0 True", "3 False", "1 False"]
+    assert found.split("\n")[:-1] == ["0 True", "3 False", "6 False", "1 False"]
