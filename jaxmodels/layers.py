@@ -431,8 +431,8 @@ class Layers(nn.Module):
 
             if self.remat:
                 body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-            (x, states), reports = jax.lax.scan(body, (x, states), (layers, params))
-            return x, states, reports
+            scanned: Any = jax.lax.scan(body, (x, states), (layers, params))
+            return *scanned[0], scanned[1]
 
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         if not staged:

@@ -106,7 +106,8 @@ class Rules:
     def preset(cls, name: str, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
-        return cls(mesh, PRESETS[name], **SPLIT.get(name, {}), microbatches=microbatches)
+        split = SPLIT.get(name, {})
+        return cls(mesh, PRESETS[name], split.get("optimizer"), split.get("gradients"), microbatches)
 
     def of(self, role: str) -> Rules:
         """The rules by which `params`, `gradients` or the `optimizer`'s state live."""

@@ -86,7 +86,8 @@ def pipeline(stage: Stage, params: Any, rows: Any, rules: Any) -> tuple[Any, Any
     waiting = jax.tree.map(cut, rows)
     # A stage without a microbatch computes on rows of the batch: what comes of it is dropped, and it is as finite as the rest.
     held = jax.tree.map(lambda leaf: leaf[:, 0], waiting)
-    (_, waiting), reports = lax.scan(tick, (held, waiting), jnp.arange(M + S - 1))
+    ticked: Any = lax.scan(tick, (held, waiting), jnp.arange(M + S - 1))
+    (_, waiting), reports = ticked
 
     def whole(leaf: jax.Array) -> jax.Array:  # the slot of a microbatch has gone around S - 1 times
         return jnp.roll(leaf, 1 - S, 1).swapaxes(1, 2).reshape(B, *leaf.shape[3:])
