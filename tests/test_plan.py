@@ -166,6 +166,18 @@ def test_8b_trains_in_a_pipeline():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_experts_and_windows_in_a_pipeline():
+    """Grouped products and windowed flash attention compile for TPU with the axis that stages add."""
+    experts = MixtralConfig(**TINY | {"num_hidden_layers": 4}, num_key_value_heads=2, num_local_experts=4, sliding_window=100)
+    options = {"topology": "v5e:2x4", "job": "train", "batch": 16, "length": 512, "microbatches": 4}
+    found = plan(experts, mesh={"stage": 2, "data": 2, "expert": 2}, **options)
+    assert found.fits and found.program.kernels["tpu_custom_call"] > 0
+    alone = plan(experts, mesh={"data": 4, "expert": 2}, **options | {"microbatches": None})
+    assert found.useful_flops == alone.useful_flops < found.flops
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_70b_decodes_on_v5p():
     found = plan(LLAMA_70B, topology="v5p:4x4x4", mesh={"data": 8, "tensor": 8}, job="decode", batch=64, length=4096)
     assert found.fits and found.parameters == 70_553_706_496

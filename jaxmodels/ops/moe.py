@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.sharding import PartitionSpec
 
 from jaxmodels.ops.linear import einsum, linear
@@ -185,11 +186,30 @@ def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array
 # Both: mlp of x [P,D], whose first rows are sizes[0] of expert 0, the next sizes[1] of expert 1, …; [P,D] in x.dtype.
 
 
+def _plain_ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, weight, sizes, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    """float32 [P,O] of x [P,I] and weight [E,I,O]. XLA:TPU has no such product with a batch axis, which the stages of a pipeline add: it and
+    its gradients take what is batched one by one."""
+    return sequential_vmap(_plain_ragged_dot)(x, weight, sizes)
+
+
+def _ragged_dot_backward(saved: tuple, dy: jax.Array) -> tuple:
+    pull = lambda x, weight, sizes, dy: jax.vjp(lambda x, weight: _plain_ragged_dot(x, weight, sizes), x, weight)[1](dy)
+    return *sequential_vmap(pull)(*saved, dy), np.zeros(saved[2].shape, jax.dtypes.float0)
+
+
+_ragged_dot.defvjp(lambda *arguments: (_ragged_dot(*arguments), arguments), _ragged_dot_backward)
+
+
 def _grouped(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
     expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
 
     def dot(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        y = lax.ragged_dot(x, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes, preferred_element_type=jnp.float32)
+        y = _ragged_dot(x, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes)
         return (y if bias is None else y + bias[expert].astype(jnp.float32)).astype(x.dtype)
 
     return mlp(x, params, dot)
