@@ -31,7 +31,7 @@ _ACTIVATIONS: Table = (
 )
 _TENSOR: Table = (("heads", ("tensor",)), ("kv_heads", ("tensor",)), ("mlp", ("tensor",)), ("vocab", ("tensor",)))
 _FSDP: Table = (("embed", ("fsdp",)),)
-_SPLIT: Table = (*_FSDP, ("layers", ("stage",)))
+_STACKED: Table = (*_FSDP, ("layers", ("stage",)))
 
 PRESETS: dict[str, Table] = {
     "replicated": _ACTIVATIONS[:2],
@@ -45,13 +45,16 @@ PRESETS: dict[str, Table] = {
 }
 
 
-SPLIT = {"zero1": {"optimizer": _SPLIT}, "zero2": {"optimizer": _SPLIT, "gradients": _SPLIT}}  # what lives elsewhere than its parameter
+SPLIT = {
+    "zero1": {"optimizer": _STACKED},
+    "zero2": {"optimizer": _STACKED, "gradients": _STACKED},
+}  # what lives elsewhere than its parameter
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh of named sizes over `devices` (default: all), e.g. make_mesh(fsdp=4, tensor=-1); -1 takes what is left.
 
-    Devices of several TPU slices are laid out so that the first axis (data or fsdp, by habit) crosses the slower network between
+    Devices of several TPU slices are laid out so that the first axis (stage or data, by habit) crosses the slower network between
     slices and every other axis stays inside one. ValueError when the sizes do not fit."""
     devices = jax.devices() if devices is None else list(devices)
     known = math.prod(size for size in sizes.values() if size != -1)

@@ -192,8 +192,8 @@ def _plain_ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.
 
 @jax.custom_vjp
 def _ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """float32 [P,O] of x [P,I] and weight [E,I,O]. XLA:TPU has no such product with a batch axis, which the stages of a pipeline add: it and
-    its gradients take what is batched one by one."""
+    """float32 [P,O] of x [P,I] and weight [E,I,O]. XLA:TPU has no such product with a batch axis, which the stages of a pipeline add: it
+    and its gradients take what is batched one by one."""
     return sequential_vmap(_plain_ragged_dot)(x, weight, sizes)
 
 
