@@ -20,6 +20,7 @@ from jax.custom_batching import sequential_vmap
 from jax.sharding import PartitionSpec
 
 from jaxmodels.ops.linear import einsum, linear
+from jaxmodels.ops.pipeline import spec_axes
 
 IMPLEMENTATIONS = ("ragged_dot", "dense")
 Dot = Callable[..., jax.Array]
@@ -156,10 +157,9 @@ def _ragged(mlp: Any, scale_input: bool, params: Any, x: jax.Array, weights: jax
 def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
     """Every device sorts its own tokens of x [B,T,D]. Along mesh axes that split the experts, tokens are gathered, each device computes
     those of its own experts, and the results are added up and go back to where the tokens live."""
-    axes = lambda entry: () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
     split = rules.spec(("experts",), jax.tree.leaves(params)[0].shape[:1])[0]
     spec = rules.spec(("batch", "seq", None), x.shape)
-    experts, tokens = axes(split), axes(spec[0]) + axes(spec[1])
+    experts, tokens = spec_axes(split), spec_axes(spec[0]) + spec_axes(spec[1])
     both, alone = tuple(a for a in experts if a in tokens), tuple(a for a in experts if a not in tokens)
 
     def local(params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -36,8 +36,7 @@ def pipeline(stage: Stage, params: Any, rows: Any, rules: Any) -> tuple[Any, Any
     _check(B, M, rules)
     C, b = M // S, B // M
     numbers = jnp.arange(S)
-
-    rows_over = (*rules.replicas, *_names(inside.spec(("batch",), (b // R,))[0]))
+    rows_over = (*rules.replicas, *spec_axes(inside.spec(("batch",), (b // R,))[0]))
 
     def place(leaf: jax.Array, *kept: None) -> jax.Array:
         """Of a leaf [S, *kept, b, …], every stage its own."""
@@ -102,7 +101,7 @@ def pipeline(stage: Stage, params: Any, rows: Any, rules: Any) -> tuple[Any, Any
     return jax.tree.map(whole, waiting), jax.tree.map(collect, reports)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def spec_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
