@@ -19,6 +19,7 @@ from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.lora import adapted_embedding, adapted_linear
 from jaxmodels.ops.norm import layer_norm, rms_norm
+from jaxmodels.ops.pipeline import pipeline
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 from jaxmodels.ops.ssm import causal_conv
 
@@ -357,7 +358,8 @@ class Layers(nn.Module):
     A block is called `(x [B,T,D], state, step) -> (x, state, attention weights or None)`, the last perhaps in a tuple with what else a
     family's layers report, None where not asked for. Unrolled, layer i owns the parameters
     `i`. Scanned, each segment of repeating kinds is one loop, and layers start, start+period, … below stop share the
-    parameters `start:stop:period` with a leading [layers] axis; the states ride in the loop's carry."""
+    parameters `start:stop:period` with a leading [layers] axis; the states ride in the loop's carry. Where the rules have stages, each
+    segment whose repeats they divide is a pipeline (jaxmodels.ops.pipeline); the longest must be one, the others see all rows as usual."""
 
     block: Any
     config: Any
@@ -369,6 +371,9 @@ class Layers(nn.Module):
         """Returns x after the last layer, the states, every layer's input and attention weights (None where not asked for)."""
         kinds = self.config.layer_kinds
         plan = segments(kinds) if self.scan else [(i, 1, 1) for i in range(len(kinds))]
+        stages = 1 if step.rules is None or self.is_initializing() else step.rules.stage_count
+        if stages > 1:
+            self._check_stages(plan, stages, states, step.early_exit is not None)
         inputs: list[Any] = []
         weights: list[Any] = []
         left: list[Any] = list(states or ())
@@ -388,7 +393,8 @@ class Layers(nn.Module):
                 mine = (state,)
             else:
                 runs = min(repeats, -(-(stop - start) // period))
-                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats, runs)
+                staged = stages > 1 and repeats % stages == 0
+                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats, runs, staged)
                 pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
                 inputs += [pick(ins[j], i) for i in range(runs) for j in range(period)]
                 weights += [pick(ws[j], i) for i in range(runs) for j in range(period)]
@@ -398,7 +404,22 @@ class Layers(nn.Module):
     def _make(self, block: Any, kind: Hashable, **kwargs: Any) -> nn.Module:
         return block(self.config, **({} if kind is None else {"kind": kind}), **kwargs)
 
-    def _scan(self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int, runs: int) -> tuple:
+    def _check_stages(self, plan: list[tuple[int, int, int]], stages: int, states: tuple | None, early_exit: bool) -> None:
+        if not self.scan:
+            raise ValueError(f"a mesh with {stages} stages needs scan_layers=True: stages are cut from stacked layers")
+        if states is not None:
+            raise ValueError("a pipeline has no cache: it trains; to generate, put the parameters on a mesh without `stage`")
+        if early_exit:
+            raise ValueError("early_exit leaves a stack after some of its layers, which a pipeline cannot: use a mesh without `stage`")
+        start, period, repeats = max(plan, key=lambda segment: segment[1] * segment[2])
+        if repeats % stages:
+            what = f"layers {start} to {start + period * repeats - 1} repeat a period of {period} {repeats} times"
+            possible = ", ".join(str(n) for n in range(2, repeats + 1) if repeats % n == 0) or "none"
+            raise ValueError(f"the stack cannot be cut into {stages} stages: {what}; possible numbers of stages are {possible}")
+
+    def _scan(
+        self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int, runs: int, staged: bool
+    ) -> tuple:
         """`runs` of `repeats` periods, the last of them perhaps not to its end."""
         stop = start + period * repeats
         cut = step.early_exit is not None and step.early_exit < start + period * runs
@@ -410,31 +431,47 @@ class Layers(nn.Module):
             # Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes.
             params.append(self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init))
 
+        def loop(params: Any, x: jax.Array, states: Any, step: Step, key: Any, layers: jax.Array) -> tuple:
+            every = params if runs == repeats else None  # a slice of the parameters would be a copy
+
+            def body(carry: Any, xs: Any) -> tuple:
+                (x, states), (layer, mine) = carry, xs
+                if mine is None:
+                    mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, False), params)
+                ins: list[Any] = []
+                ws: list[Any] = []
+                new: list[Any] = []
+                for j, block in enumerate(blocks):
+                    ins.append(x if step.output_hidden_states else None)
+                    state = None if states is None else states[j]
+                    place = step.replace(layer=layer, number=start + layer * period + j)
+                    rngs = None if key is None else {"dropout": jax.random.fold_in(key, place.number)}
+                    after, state, w = block.apply({"params": mine[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
+                    x = jnp.where(place.number < step.early_exit, after, x) if cut else after
+                    ws.append(w)
+                    new.append(state)
+                return (x, None if states is None else tuple(new)), (ins, ws)
+
+            if self.remat:
+                body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
+            scanned: Any = jax.lax.scan(body, (x, states), (layers, every))
+            return *scanned[0], scanned[1]
+
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        if not staged:
+            x, states, reports = loop(params, x, states, step, key, jnp.arange(runs))
+            return x, states, *reports
 
-        def body(carry: Any, xs: Any) -> tuple:
-            (x, states), (layer, mine) = carry, xs
-            if mine is None:
-                mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, False), params)
-            ins: list[Any] = []
-            ws: list[Any] = []
-            new: list[Any] = []
-            for j, block in enumerate(blocks):
-                ins.append(x if step.output_hidden_states else None)
-                state = None if states is None else states[j]
-                place = step.replace(layer=layer, number=start + layer * period + j)
-                rngs = None if key is None else {"dropout": jax.random.fold_in(key, place.number)}
-                after, state, w = block.apply({"params": mine[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
-                x = jnp.where(place.number < step.early_exit, after, x) if cut else after
-                ws.append(w)
-                new.append(state)
-            return (x, None if states is None else tuple(new)), (ins, ws)
+        def stage(params: Any, rows: tuple, number: jax.Array, piece: jax.Array) -> tuple:
+            x, step = rows
+            mine = repeats // rules.stage_count
+            own = None if key is None else jax.random.fold_in(key, piece)
+            x, _, reports = loop(params, x, None, step, own, number * mine + jnp.arange(mine))
+            return (x, step), reports
 
-        if self.remat:
-            body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-        every = params if runs == repeats else None  # a slice of the parameters would be a copy
-        scanned: Any = jax.lax.scan(body, (x, states), (jnp.arange(runs), every))
-        return *scanned[0], *scanned[1]
+        rules = step.rules
+        (x, _), reports = pipeline(stage, params, (x, step.replace(number=None, rules=rules.inside_stage())), rules)
+        return x, None, *reports
 
 
 def _stacked(block: nn.Module, keys: jax.Array, x: jax.Array, step: Step) -> Any:

@@ -81,14 +81,14 @@ class Model(nn.Module):
             )
             attention = "eager"
         if isinstance(attention_mask, Packed):
-            self._check_packing(attention)
+            self._check_packing()
         elif attention_mask is not None:
             attention_mask = jnp.asarray(attention_mask)
         static = {"dtype": self.dtype, "rules": self.rules, "attention": attention, "early_exit": self.early_exit}
         static |= {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return begin((B, T), attention_mask, cache, **static)
 
-    def _check_packing(self, attention: str | None) -> None:
+    def _check_packing(self) -> None:
         specs = {self.config.layer_spec(kind) for kind in self.config.layer_kinds}
         other = sorted({type(spec).__name__ for spec in specs if not isinstance(spec, KVSpec | SlidingKVSpec)})
         if other:
@@ -96,8 +96,6 @@ class Model(nn.Module):
                 f"{type(self).__name__} has layers that carry more than keys and values from token to token ({', '.join(other)}): packed "
                 "documents would leak into each other; give every document its own row"
             )
-        if attention == "splash":
-            raise ValueError("attention 'splash' cannot keep packed documents apart; choose 'xla' or 'eager', or one document per row")
 
 
 def check_ids(input_ids: Any, vocab_size: int) -> None:

@@ -154,11 +154,18 @@ def _trips(instruction: Instruction, computations: dict[str, list[Instruction]])
 def _group(rest: str, devices: int) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return found[1].count(",") + 1
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):  # a ring: as far as it goes from the first device back to it
+        after = {int(a): int(b) for a, b in re.findall(r"(\d+),(\d+)", found[1])}
+        first = place = next(iter(after))
+        length = 1
+        while (place := after.get(place, first)) != first:
+            length += 1
+        return length
     return devices
 
 
@@ -204,7 +211,8 @@ def analyse(text: str, devices: int, largest: int = 8) -> Program:
                 if kind == "all-reduce" and any(word in name for word in ("all-reduce-scatter", "reduce_scatter")):
                     kind = "reduce-scatter"
                 once = Collective(kind, max(put, got), _group(i.rest, devices), weight, i.source)
-                key = channel[1] if channel else f"{name}/{i.name}"  # the parts of an overlapped collective share its channel
+                # the parts of an overlapped collective stand in fusions and share its channel, as may what one shard_map asks for
+                key = f"{name}/{i.name}" if kernels_of[name] or not channel else f"{channel[1]} {i.source} {once.bytes}"
                 if key not in seen or seen[key].count < weight:
                     seen[key] = once
             if i.opcode == "custom-call" and (target := re.search(r'custom_call_target="([^"]+)"', i.rest)):

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.cache import cache_shardings, init_cache
-from jaxmodels.ops.attention import IMPLEMENTATIONS
 from jaxmodels.params import abstract_params, count_params
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import Program, analyse
@@ -75,6 +74,7 @@ class Plan:
     useful_flops: float
     program: Program | None
     refused: str = ""  # the compiler's words where it found no room
+    microbatches: int = 1  # of a pipeline
 
     @property
     def chips(self) -> int:
@@ -83,6 +83,12 @@ class Plan:
     @property
     def needed(self) -> int:
         return self.arguments + self.temporaries + self.outputs + self.code
+
+    @property
+    def bubble(self) -> float:
+        """The share of its time that a stage of the pipeline is idle."""
+        stages = self.mesh.get("stage", 1)
+        return (stages - 1) / (self.microbatches + stages - 1)
 
     @property
     def fits(self) -> bool:
@@ -130,7 +136,8 @@ class Plan:
         mesh = ",".join(f"{k}={v}" for k, v in self.mesh.items())
         lines = [
             f"{self.job} of {self.batch} × {self.length} tokens on {self.topology} ({self.chips} × {self.chip.name}), mesh {mesh}"
-            + (f", remat {self.remat}" if self.job == "train" else ""),
+            + (f", remat {self.remat}" if self.job == "train" else "")
+            + (f", {self.microbatches} microbatches: stages idle {100 * self.bubble:.0f} % of the time" if self.bubble else ""),
             f"parameters   {self.parameters:,}",
         ]
         if self.refused:
@@ -180,11 +187,13 @@ def plan(
     remat: str | None = "full",
     dtype: Any = jnp.bfloat16,
     scan_layers: bool = True,
+    microbatches: int | None = None,
 ) -> Plan:
     """Compile `job` of the config's causal model for the topology and read what it needs.
 
     train: one AdamW step on [batch, length] tokens, float32 master parameters, compute in `dtype`; prefill: a prompt [batch, length] into
     a cache; decode: one token a row with a cache of `length` slots. rules: a preset; default the one that the mesh's axes ask for.
+    microbatches: as in Rules, of a mesh with `stage`.
     ValueError for bad arguments; a program for which the compiler finds no room is a Plan that says so."""
     from jaxmodels.auto import AutoModelForCausalLM
 
@@ -194,19 +203,21 @@ def plan(
     kind = devices[0].device_kind
     if kind not in CHIPS:
         raise ValueError(f"no peaks are known for {kind!r}; known are {', '.join(CHIPS)}")
-    laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh))
-    attention = "splash" if job != "decode" and kernel_suffices(config) else None
+    laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
     cls = AutoModelForCausalLM.class_for(config)
+    attention = "splash" if job != "decode" and flash_suffices(cls(config)) else None
     model = cls(
         config, dtype=dtype, scan_layers=scan_layers, remat=remat if job == "train" else None, rules=laid, attn_implementation=attention
     )
     jitted, arguments = PROGRAMS[job](model, batch, length)
-    plain = PROGRAMS[job](dataclasses.replace(model, remat=None), batch, length)[0]
+    unstaged = Rules(laid.mesh, tuple(line for line in laid.table if line[0] != "layers"))
+    plain = PROGRAMS[job](dataclasses.replace(model, remat=None, rules=unstaged), batch, length)[0]
     share = _own_rows(laid)
     flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
     shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
+        "microbatches": laid.microbatch_count,
     }  # fmt: skip
     try:
         compiled = jitted.lower(*arguments).compile()
@@ -233,12 +244,13 @@ def preset_for(mesh: Mapping[str, int]) -> str:
     return "fsdp+tensor" if "tensor" in mesh else "fsdp"
 
 
-def kernel_suffices(config: Any) -> bool:
-    """Whether the flash kernel can do every layer of the family: plain causal attention with heads that say their size."""
-    from jaxmodels.cache import KVSpec
-
-    plain = all(isinstance(config.layer_spec(kind), KVSpec) for kind in config.layer_kinds)
-    return plain and "splash" in IMPLEMENTATIONS
+def flash_suffices(model: Any) -> bool:
+    """Whether the flash kernel has all options that the layers of the model ask attention for."""
+    try:
+        abstract_params(dataclasses.replace(model, attn_implementation="splash"))
+    except ValueError:
+        return False
+    return True
 
 
 def sweep(

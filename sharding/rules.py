@@ -1,11 +1,13 @@
 """Logical axes to mesh axes: models name what an axis is, a `Rules` value says where it lives.
 
 Parameters carry `vocab`, `embed`, `heads`, `kv_heads`, `mlp`, `experts`, `layers`; activations `batch`, `seq`, `act_embed`,
-`act_heads`, `act_kv_heads`, `act_mlp`, `act_vocab`. Mesh axes are `data`, `fsdp`, `tensor`, `sequence`, `expert`."""
+`act_heads`, `act_kv_heads`, `act_mlp`, `act_vocab`. Mesh axes are `stage`, `data`, `fsdp`, `tensor`, `sequence`, `expert`; under every
+preset `stage` cuts scanned layers into the stages of a pipeline, which training runs."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +19,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 Axes = Sequence[str | None]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+MESH_AXES = ("stage", "data", "fsdp", "tensor", "sequence", "expert")
 
 _ACTIVATIONS: Table = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("stage", "data", "fsdp", "expert")),  # outside the pipeline the stages share the rows
+    ("layers", ("stage",)),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),
     ("act_mlp", ("tensor",)),
@@ -28,9 +31,10 @@ _ACTIVATIONS: Table = (
 )
 _TENSOR: Table = (("heads", ("tensor",)), ("kv_heads", ("tensor",)), ("mlp", ("tensor",)), ("vocab", ("tensor",)))
 _FSDP: Table = (("embed", ("fsdp",)),)
+_STACKED: Table = (*_FSDP, ("layers", ("stage",)))
 
 PRESETS: dict[str, Table] = {
-    "replicated": _ACTIVATIONS[:1],
+    "replicated": _ACTIVATIONS[:2],
     "zero1": _ACTIVATIONS,
     "zero2": _ACTIVATIONS,
     "fsdp": _ACTIVATIONS + _FSDP,
@@ -41,13 +45,16 @@ PRESETS: dict[str, Table] = {
 }
 
 
-SPLIT = {"zero1": {"optimizer": _FSDP}, "zero2": {"optimizer": _FSDP, "gradients": _FSDP}}  # what lives elsewhere than its parameter
+SPLIT = {
+    "zero1": {"optimizer": _STACKED},
+    "zero2": {"optimizer": _STACKED, "gradients": _STACKED},
+}  # what lives elsewhere than its parameter
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh of named sizes over `devices` (default: all), e.g. make_mesh(fsdp=4, tensor=-1); -1 takes what is left.
 
-    Devices of several TPU slices are laid out so that the first axis (data or fsdp, by habit) crosses the slower network between
+    Devices of several TPU slices are laid out so that the first axis (stage or data, by habit) crosses the slower network between
     slices and every other axis stays inside one. ValueError when the sizes do not fit."""
     devices = jax.devices() if devices is None else list(devices)
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -73,12 +80,17 @@ class Rules:
     static under jit. ValueError for a mesh axis that is neither usual nor the mesh's.
 
     optimizer, gradients: tables for the optimizer's state and for gradients, where these do not live as their parameters: whole parameters
-    beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`."""
+    beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`.
+    microbatches: into how many parts a batch goes through the pipeline of a mesh with `stage`, a multiple of the stages, by default as
+    many; of M microbatches and S stages (S-1)/(M+S-1) of the time is idle. ValueError for another number, or without stages.
+    around: the mesh axes over which what has these rules is mapped as a whole: the stages and their replicas, for the work of one."""
 
     mesh: Mesh | AbstractMesh
     table: Table
     optimizer: Table | None = None
     gradients: Table | None = None
+    microbatches: int | None = None
+    around: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tables = (self.table, self.optimizer or (), self.gradients or ())
@@ -87,17 +99,49 @@ class Rules:
             raise ValueError(
                 f"the rules name mesh axes {sorted(unknown)}; the mesh has {list(self.mesh.shape)}, usual are {', '.join(MESH_AXES)}"
             )
+        if self.microbatches is not None and (not self.stages or self.microbatches < 1 or self.microbatches % self.stage_count):
+            raise ValueError(
+                f"microbatches = {self.microbatches}: with a mesh of {dict(self.mesh.shape)} they must be a multiple of its `stage`"
+                + ("" if self.stages else ", which it lacks")
+            )
 
     @classmethod
-    def preset(cls, name: str, mesh: Mesh | AbstractMesh) -> Rules:
+    def preset(cls, name: str, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
-        return cls(mesh, PRESETS[name], **SPLIT.get(name, {}))
+        split = SPLIT.get(name, {})
+        return cls(mesh, PRESETS[name], split.get("optimizer"), split.get("gradients"), microbatches)
 
     def of(self, role: str) -> Rules:
         """The rules by which `params`, `gradients` or the `optimizer`'s state live."""
         table = self.gradients if role == "gradients" else self.optimizer if role == "optimizer" else None
         return self if table is None else Rules(self.mesh, table)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The mesh axes over which scanned layers are cut into the stages of a pipeline; none where these make one stage."""
+        return tuple(m for m in dict(self.table).get("layers", ()) if self.mesh.shape.get(m, 1) > 1)
+
+    @property
+    def stage_count(self) -> int:
+        return math.prod(self.mesh.shape[m] for m in self.stages)
+
+    @property
+    def microbatch_count(self) -> int:
+        return self.microbatches or self.stage_count
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The mesh axes, first in `batch` after the stages, over which rows are split and no parameter is."""
+        rows = (m for m in dict(self.table).get("batch", ()) if m in self.mesh.shape and m not in self.stages)
+        others = {m for axis, wanted in self.table if axis not in ("batch", "layers") for m in wanted}
+        return tuple(itertools.takewhile(lambda m: m not in others, rows))
+
+    def inside_stage(self) -> Rules:
+        """The rules of what one replica of one stage computes, which knows nothing of the others."""
+        around = (*self.stages, *self.replicas)
+        table = tuple((axis, tuple(m for m in wanted if m not in around)) for axis, wanted in self.table)
+        return Rules(self.mesh, table, around=around)
 
     @property
     def platform(self) -> str:

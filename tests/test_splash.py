@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from jaxmodels.cache import init_cache
+from jaxmodels.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.ops.attention import IMPLEMENTATIONS, Implementation, attention, eager, resolve_attention
-from jaxmodels.ops.splash import splash
+from jaxmodels.ops.splash import _Band, splash
 from jaxmodels.params import flatten, init_params, unflatten
 from jaxmodels.sharding import Rules, make_mesh
 
@@ -23,7 +24,10 @@ interpreted = partial(splash, interpret=True)
 
 
 def positions(B, T, padding):
-    """[B,T]: row b has 37 b columns of padding on that side."""
+    """[B,T]: row b has 37 b columns of padding on that side, or every third column between its tokens."""
+    if padding == "between":
+        real = (np.arange(T) % 3 > 0) | (np.arange(B)[:, None] == 0)
+        return jnp.asarray(np.where(real, real.cumsum(1) - 1, -1), jnp.int32)
     columns = np.arange(T) if padding == "left" else np.arange(T)[::-1]
     real = columns[None] >= 37 * np.arange(B)[:, None]
     return jnp.asarray(np.where(real, real.cumsum(1) - 1, -1), jnp.int32)
@@ -71,6 +75,36 @@ def test_numbers_and_gradients(T, N, K, H, padding):
     assert max(errors(got, run(eager, q, k, v, p))) < 5e-6
 
 
+@pytest.mark.parametrize(
+    ("T", "N", "K", "padding", "options"),
+    [
+        (601, 2, 1, "left", {"window": 37}),
+        (260, 4, 2, "right", {"window": 150, "softcap": 1.5}),
+        (150, 2, 2, "between", {"window": 20}),
+        (130, 4, 1, "left", {"softcap": 0.7}),
+    ],
+)
+def test_windows_and_soft_caps(T, N, K, padding, options):
+    """Windows of tokens, not columns, within a block and across; logits that the cap bends; gradients."""
+    q, k, v, p = inputs(T, N, K, 64, padding=padding)
+    got, expected = (run(partial(f, **options), q, k, v, p) for f in (interpreted, eager))
+    assert max(errors(got, expected)) < 5e-6
+    assert max(errors(got[:1], run(eager, q, k, v, p)[:1])) > 1e-2  # the options matter
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 128, 200, 512])
+def test_blocks_of_the_mask(window):
+    """A block that is answered by one element is that element everywhere."""
+    whole = np.tril(np.ones((512, 512), bool)) & ~np.tril(np.ones((512, 512), bool), -(window or 512))
+    mask = _Band(512, window)
+    for size in (64, 128):
+        for i in range(0, 512, size):
+            for j in range(0, 512, size):
+                found, wanted = mask[i : i + size, j : j + size], whole[i : i + size, j : j + size]
+                assert (found == wanted).all()
+                assert found.size == 1 or not (wanted.all() or not wanted.any())
+
+
 def test_values_of_another_size_and_a_cache_of_another_dtype():
     q, k, v, p = inputs(130, 2, 1, 64, Hv=96)
     k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
@@ -91,17 +125,17 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("preset", "mesh", "T", "N", "K"),
+    ("preset", "mesh", "T", "N", "K", "options"),
     [
-        ("fsdp+tensor", {"fsdp": 2, "tensor": 4}, 41, 4, 2),  # two devices for each key head
-        ("sequence", {"sequence": 2, "tensor": 2}, 258, 2, 2),  # a key head for each device, and half of the queries
+        ("fsdp+tensor", {"fsdp": 2, "tensor": 4}, 41, 4, 2, {}),  # two devices for each key head
+        ("sequence", {"sequence": 2, "tensor": 2}, 258, 2, 2, {"window": 100}),  # a key head for each device, and half of the queries
     ],
 )
-def test_on_a_mesh(preset, mesh, T, N, K):
+def test_on_a_mesh(preset, mesh, T, N, K, options):
     rules = Rules.preset(preset, make_mesh(jax.devices()[: int(np.prod(list(mesh.values())))], **mesh))
     q, k, v, p = inputs(T, N, K, 64)
-    got = run(partial(interpreted, rules=rules), q, k, v, p)
-    assert max(errors(got, run(eager, q, k, v, p))) < 5e-6
+    got = run(partial(interpreted, rules=rules, **options), q, k, v, p)
+    assert max(errors(got, run(partial(eager, **options), q, k, v, p))) < 5e-6
 
 
 def test_heads_without_whole_groups_stay_together():
@@ -114,7 +148,7 @@ def test_heads_without_whole_groups_stay_together():
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Implementation(interpreted, ("rules",)))
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Implementation(interpreted, ("window", "softcap", "rules")))
 
 
 CONFIG = LlamaConfig(
@@ -130,10 +164,17 @@ def sensitive(model):
     return unflatten(flat)
 
 
-def test_llama(on_cpu):
+GEMMA_2 = Gemma2Config(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=20,
+    sliding_window=30, attn_logit_softcapping=1.0, query_pre_attn_scalar=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, Gemma2ForCausalLM])
+def test_a_model(cls, on_cpu):
     """Logits of a left-padded batch and the loss's gradients, scanned and rematerialised. The loss leaves out the first real token: a
-    padding query predicts it, and what that gives is anybody's."""
-    reference = LlamaForCausalLM(CONFIG, scan_layers=True, attn_implementation="eager")
+    padding query predicts it, and what that gives is anybody's. Gemma 2 adds windows and soft caps."""
+    reference = cls(CONFIG if cls is LlamaForCausalLM else GEMMA_2, scan_layers=True, attn_implementation="eager")
     model = dataclasses.replace(reference, attn_implementation="splash", remat="full")
     ids = jax.random.randint(jax.random.key(2), (2, 133), 0, 97)
     places = positions(2, 133, "left")
@@ -154,6 +195,22 @@ def test_llama(on_cpu):
     np.testing.assert_allclose(got[real], expected[real], rtol=0, atol=1e-4 * max(1, float(jnp.std(expected))))
     for a, b in zip(jax.tree.leaves(got_gradients), jax.tree.leaves(expected_gradients)):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+def test_packed_documents(on_cpu):
+    """Several documents in a row, also with padding between them, each seeing itself alone."""
+    model = Gemma2ForCausalLM(GEMMA_2, attn_implementation="splash")
+    ids = jax.random.randint(jax.random.key(2), (2, 150), 0, 97)
+    ends = jnp.array([[40, 41, 120, 150], [75, 80, 100, 140]])  # the second row's second segment is padding
+    segments = (jnp.arange(150) >= ends[:, :, None]).sum(1) + 1
+    segments = jnp.where((jnp.arange(2)[:, None] == 1) & ((segments == 2) | (segments == 5)), 0, segments)
+    params = sensitive(model)
+    got, expected = (
+        jax.jit(lambda p, m=m: m.apply({"params": p}, ids, segment_ids=segments).logits)(params)
+        for m in (model, dataclasses.replace(model, attn_implementation="eager"))
+    )
+    real = np.asarray(segments > 0)
+    np.testing.assert_allclose(got[real], expected[real], rtol=0, atol=1e-4 * max(1, float(jnp.std(expected))))
 
 
 def test_llama_fills_a_cache_and_decodes(on_cpu):
@@ -201,6 +258,7 @@ COMPILE = """
 import re
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
+from jaxmodels.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.ops.precision import parity_mode
 from jaxmodels.params import init_params
@@ -208,12 +266,14 @@ from jaxmodels.sharding import Rules, make_mesh
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 B, T, block = 4, 300, 384
-config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=640, num_hidden_layers=1,
-                     num_attention_heads=4, num_key_value_heads=2)
+shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+llama = LlamaForCausalLM, LlamaConfig(**shape, num_hidden_layers=1)
+gemma = Gemma2ForCausalLM, Gemma2Config(**shape, num_hidden_layers=2, head_dim=64, sliding_window=100)
 
-def compiled(attention, mesh, grad=False):
+def compiled(attention, mesh, grad=False, family=llama):
     rules = Rules.preset("fsdp+tensor", make_mesh(devices[: mesh["fsdp"] * mesh["tensor"]], **mesh))
-    model = LlamaForCausalLM(config, dtype=jnp.bfloat16, attn_implementation=attention, rules=rules)
+    cls, config = family
+    model = cls(config, dtype=jnp.bfloat16, attn_implementation=attention, rules=rules)
     here = rules.sharding((None,), (1,))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
                           jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16)))
@@ -226,6 +286,7 @@ def compiled(attention, mesh, grad=False):
 one = {"fsdp": 1, "tensor": 1}
 compiled("xla", one)
 compiled("splash", {"fsdp": 2, "tensor": 2}, grad=True)
+compiled("splash", {"fsdp": 2, "tensor": 2}, grad=True, family=gemma)
 with parity_mode():
     compiled("splash", one)
 """
@@ -233,7 +294,8 @@ with parity_mode():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, with which a CPU machine compiles for TPU")
 def test_the_program_for_tpu():
-    """A whole Llama compiled for v5e: the kernel once for its layer, three times with gradients, and nothing of shape [T,T]."""
+    """A whole Llama compiled for v5e: the kernel once for its layer, three times with gradients, and nothing of shape [T,T]; so for each of
+    two layers of Gemma 2, one with a window, both with soft caps."""
     topology = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     found = subprocess_output(COMPILE, **topology, ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
-    assert found.split("\n")[:-1] == ["0 True", "3 False", "1 False"]
+    assert found.split("\n")[:-1] == ["0 True", "3 False", "6 False", "1 False"]

@@ -113,8 +113,6 @@ def test_refusals():
         apply(attention_mask=jnp.ones_like(batch["input_ids"]))
     with pytest.raises(ValueError, match="segment_ids are int32"):
         apply(attention_mask=Packed(batch["segment_ids"][:, 1:]), segment_ids=None)
-    with pytest.raises(ValueError, match="'splash' cannot keep packed documents apart"):
-        apply(model.clone(attn_implementation="splash"))
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     dynamic = LlamaConfig.from_dict({**SMALL, "intermediate_size": 48, "rope_parameters": rope, "max_position_embeddings": 16})
     with pytest.raises(ValueError, match="turns by a row's length"):

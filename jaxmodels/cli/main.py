@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--mesh", help="e.g. fsdp=64,tensor=4; -1 takes what is left")
     plan.add_argument("--rules", help="sharding preset; default: the one that the mesh's axes ask for")
     plan.add_argument("--batch", type=int, required=True, help="rows")
+    plan.add_argument("--microbatches", type=int, help="train on a mesh with stage=N: parts of the batch in the pipeline; default N")
     plan.add_argument("--length", type=int, required=True, help="tokens a row; decode: slots of the cache")
     plan.add_argument("--remat", default="full", help="train: a jax.checkpoint policy, or none (default %(default)s)")
     plan.add_argument("--dtype", default="bfloat16", help="compute dtype; serving: of the parameters too")

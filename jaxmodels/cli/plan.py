@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
         return 0 if best[0].fits else 1
     if not args.mesh:
         raise ValueError("--mesh is needed, such as fsdp=64,tensor=4, or --sweep to try several")
-    report = plan(config, mesh=mesh_sizes(args.mesh), rules=args.rules, remat=None if args.remat == "none" else args.remat, **options)
+    options |= {"rules": args.rules, "remat": None if args.remat == "none" else args.remat, "microbatches": args.microbatches}
+    report = plan(config, mesh=mesh_sizes(args.mesh), **options)
     print(report)
     return 0 if report.fits else 1
 

@@ -122,7 +122,7 @@ class Implementation:
 IMPLEMENTATIONS = {
     "eager": Implementation(eager, ("window", "softcap", "bias", "sinks", "causal", "dropout")),
     "xla": Implementation(xla, ("window", "bias", "causal")),
-    "splash": Implementation(splash, ("rules",)),
+    "splash": Implementation(splash, ("window", "softcap", "rules")),
 }
 HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
 UNPROVEN = {"cudnn": "its numbers and compiled text can be shown on an NVIDIA GPU alone, and have not been"}

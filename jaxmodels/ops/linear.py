@@ -23,6 +23,10 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     elif 1 < rows <= FEW_ROWS and x.dtype == jnp.float32:
         # XLA:CPU packs the right operand anew in every product: better the few rows than the weight.
         y = lax.platform_dependent(x, weight, cpu=_weight_first, default=_product)
+    elif bias is None and x.dtype != jnp.float32:
+        # Rounded by the product itself, which XLA:CPU is slow at: of gradients over several devices, XLA adds up such products before it
+        # reduces them, those that a pass of its own rounds one by one.
+        return lax.platform_dependent(x, weight, cpu=lambda x, weight: _product(x, weight).astype(x.dtype), default=_rounded)
     else:
         y = _product(x, weight)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
@@ -30,6 +34,10 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _rounded(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def _one_row(x: jax.Array, weight: jax.Array) -> jax.Array:

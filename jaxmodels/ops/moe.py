@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.sharding import PartitionSpec
 
 from jaxmodels.ops.linear import einsum, linear
+from jaxmodels.ops.pipeline import spec_axes
 
 IMPLEMENTATIONS = ("ragged_dot", "dense")
 Dot = Callable[..., jax.Array]
@@ -155,10 +157,9 @@ def _ragged(mlp: Any, scale_input: bool, params: Any, x: jax.Array, weights: jax
 def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
     """Every device sorts its own tokens of x [B,T,D]. Along mesh axes that split the experts, tokens are gathered, each device computes
     those of its own experts, and the results are added up and go back to where the tokens live."""
-    axes = lambda entry: () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
     split = rules.spec(("experts",), jax.tree.leaves(params)[0].shape[:1])[0]
     spec = rules.spec(("batch", "seq", None), x.shape)
-    experts, tokens = axes(split), axes(spec[0]) + axes(spec[1])
+    experts, tokens = spec_axes(split), spec_axes(spec[0]) + spec_axes(spec[1])
     both, alone = tuple(a for a in experts if a in tokens), tuple(a for a in experts if a not in tokens)
 
     def local(params: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -174,6 +175,7 @@ def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array
     names = {*experts, *tokens}
     if not names:
         return local(params, x, weights, chosen)
+    names |= {*rules.around}  # over which jax.vmap has spread what stands here
     specs = (PartitionSpec(split), spec, spec, spec)
     return jax.shard_map(local, mesh=rules.mesh, in_specs=specs, out_specs=spec, axis_names=names, check_vma=False)(
         params, x, weights, chosen
@@ -184,11 +186,30 @@ def _on_mesh(run: Any, rules: Any, params: Any, x: jax.Array, weights: jax.Array
 # Both: mlp of x [P,D], whose first rows are sizes[0] of expert 0, the next sizes[1] of expert 1, …; [P,D] in x.dtype.
 
 
+def _plain_ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, weight, sizes, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    """float32 [P,O] of x [P,I] and weight [E,I,O]. XLA:TPU has no such product with a batch axis, which the stages of a pipeline add: it
+    and its gradients take what is batched one by one."""
+    return sequential_vmap(_plain_ragged_dot)(x, weight, sizes)
+
+
+def _ragged_dot_backward(saved: tuple, dy: jax.Array) -> tuple:
+    pull = lambda x, weight, sizes, dy: jax.vjp(lambda x, weight: _plain_ragged_dot(x, weight, sizes), x, weight)[1](dy)
+    return *sequential_vmap(pull)(*saved, dy), np.zeros(saved[2].shape, jax.dtypes.float0)
+
+
+_ragged_dot.defvjp(lambda *arguments: (_ragged_dot(*arguments), arguments), _ragged_dot_backward)
+
+
 def _grouped(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
     expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))
 
     def dot(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        y = lax.ragged_dot(x, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes, preferred_element_type=jnp.float32)
+        y = _ragged_dot(x, jnp.swapaxes(weight, 1, 2).astype(x.dtype), sizes)
         return (y if bias is None else y + bias[expert].astype(jnp.float32)).astype(x.dtype)
 
     return mlp(x, params, dot)

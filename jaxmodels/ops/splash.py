@@ -3,13 +3,17 @@
 It is the kernel for training and prefill: no [T,S] logits, forward or backward. It knows columns, not positions, and that is
 enough when the keys are the queries' own tokens (T == S: no cache, or a fresh one). There the positions of real tokens
 rise with their column, so `position of key <= position of query` is `column of key <= column of query`, and the keys at -1 are
-left out by segment ids, 1 for real tokens and 0 for padding. Padding sees padding, itself at least, and so is finite.
+left out by segment ids, 0 for padding. Padding sees padding, itself at least, and so is finite. A window counts columns where it
+should count tokens: rows with padding between their tokens are put in order before it, and where positions jump, as from one packed
+document to the next, the following tokens are a segment of their own.
 
 Axis letters: B batch, T tokens, N query heads, K kv heads, G = N/K, H head dim (padded to a multiple of 128, as the length is)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmodels.ops.attention import IMPLEMENTATIONS, Weights, xla
+from jaxmodels.ops.attention import IMPLEMENTATIONS, Weights, eager, xla
 
 LANES = 128  # a block of the kernel is a multiple of this in both directions
 BLOCK = 512  # the largest block: rows of queries and columns of keys
@@ -43,15 +47,42 @@ def _elsewhere(ctx: mlir.LoweringRuleContext) -> Any:
 mlir.register_lowering(_zero_on_tpu, _elsewhere)
 
 
-class _Causal(kernels.CausalMask):
-    """The library looks at every block of the mask while it traces. Only those on the diagonal need looking at: the others are answered
-    with one element, which takes 131,072 tokens from two minutes to seconds."""
+class _Band(kernels.LocalMask):
+    """Causal, over the last `window` columns. The library looks at every block of the mask while it traces. Only those that the band's
+    edges cross need looking at: the others are answered with one element, which takes 131,072 tokens from two minutes to seconds."""
+
+    def __init__(self, length: int, window: int | None):
+        super().__init__((length, length), (None if window is None else window - 1, 0), 0)
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
         rows, columns = block
-        if rows.stop <= columns.start or columns.stop <= rows.start:
-            return np.full((1, 1), columns.start < rows.start)
+        behind = self.window_size[0]
+        first, last = rows.start - columns.stop + 1, rows.stop - 1 - columns.start  # how far back the block's keys lie, least and most
+        if last < 0 or (behind is not None and first > behind):
+            return np.full((1, 1), False)
+        if first >= 0 and (behind is None or last <= behind):
+            return np.full((1, 1), True)
         return super().__getitem__(block)
+
+
+def _close_up(positions: jax.Array) -> tuple[Callable, Callable]:
+    """Two functions of a tree of [B,T,…]: one puts every row's tokens at positions [B,T] beside each other, the other undoes it. Both move
+    something only where padding lies between tokens."""
+    real = positions >= 0
+    gaps = jnp.any(jnp.sum(real & ~jnp.pad(real, ((0, 0), (1, 0)))[:, :-1], 1) > 1)
+    order = jnp.argsort(~real, 1)
+
+    def move(columns: jax.Array, tree: Any) -> Any:
+        taken = lambda x: jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), 1)
+        return lax.cond(gaps, lambda tree: jax.tree.map(taken, tree), lambda tree: tree, tree)
+
+    return partial(move, order), partial(move, jnp.argsort(order, 1))
+
+
+def _segments(positions: jax.Array) -> jax.Array:
+    """int32 [B,T]: 0 for padding, and another number for the tokens after every jump of their positions [B,T]."""
+    jumps = (positions - jnp.pad(positions, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] != 1) & (positions >= 0)
+    return jnp.where(positions >= 0, 1 + jnp.cumsum(jumps, 1, dtype=jnp.int32), 0)
 
 
 def splash(
@@ -61,20 +92,31 @@ def splash(
     q_positions: jax.Array,
     k_positions: jax.Array,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     rules: Any = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Weights]:
     """The registry's attention of q [B,T,N,H] over k, v [B,S,K,H]; see the module for what it relies on.
 
-    With S != T (decoding, a later turn, a cache that held something) it is `xla`: one query has no tile to fill, and there columns say
-    nothing of positions. The compiler cannot split a kernel, so on several devices it needs the model's `rules`: batch and query heads are
-    split as the rules say, key heads with them, and of a split sequence each device does its queries over all keys.
+    window: tokens seen, the query's own included; positions that jump must jump by as much, as they do where documents are packed. softcap:
+    logits are softcap·tanh(logits/softcap).
+    With S != T (decoding, a later turn, a cache that held something) it is `xla`, or with a softcap `eager`: one query has no tile to
+    fill, and there columns say nothing of positions. The compiler cannot split a kernel, so on several devices it needs the model's
+    `rules`: batch and query heads are split as the rules say, key heads with them, and of a split sequence each device does its queries
+    over all keys.
     `interpret` runs the kernel's arithmetic on any platform, slowly. ValueError when it is compiled for anything but TPU.
     The kernel has no scale of its own: queries are multiplied by `scale` in float32 and rounded to their dtype before it."""
     if not interpret:
         q_positions = q_positions + _zero_on_tpu.bind()
     if q.shape[1] != k.shape[1]:
-        return xla(q, k, v, q_positions, k_positions, scale)
+        if softcap is not None:
+            return eager(q, k, v, q_positions, k_positions, scale, window, softcap)[0], None
+        return xla(q, k, v, q_positions, k_positions, scale, window)
+    undo = None
+    if window is not None:
+        close_up, undo = _close_up(q_positions)
+        q, k, v, q_positions, k_positions = close_up((q, k, v, q_positions, k_positions))
     (B, T, N, _), K = q.shape, k.shape[2]
     batch, heads, seq = (None, None, None) if rules is None else rules.spec(("batch", "act_heads", "seq"), (B, N, T))
     pieces = lambda axes: math.prod(rules.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
@@ -95,20 +137,22 @@ def splash(
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - T), (0, width - x.shape[-1]))).astype(dtype)
 
     tiles = [tile(q.astype(jnp.float32) * scale), tile(k), tile(v)]  # [B, N or K, length, width]
-    real = [jnp.pad((p >= 0).astype(jnp.int32), ((0, 0), (0, length - T))) for p in (q_positions, k_positions)]
+    marks = (lambda p: (p >= 0).astype(jnp.int32)) if window is None else _segments
+    segments = [jnp.pad(marks(p), ((0, 0), (0, length - T))) for p in (q_positions, k_positions)]
     kernel = kernels.make_splash_mha(
-        kernels.MultiHeadMask([_Causal((length, length))]),
+        kernels.MultiHeadMask([_Band(length, window)]),
         block_sizes=kernels.BlockSizes(*[block] * 8),  # type: ignore[arg-type]  # queries and keys, forward and backward
+        attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=pieces(seq),
         interpret=interpret,
     )
 
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_real: jax.Array, k_real: jax.Array) -> jax.Array:
+    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array, k_ids: jax.Array) -> jax.Array:
         if mine < G:  # more devices than key heads: all of these queries belong to one
             first = lax.axis_index(heads) * mine // G
             k, v = (lax.dynamic_slice_in_dim(x, first, 1, 1) for x in (k, v))
-        return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(q_real, k_real))
+        return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(q_ids, k_ids))
 
     if rules is not None:
         spec = PartitionSpec
@@ -117,8 +161,9 @@ def splash(
         queries = spec(batch, heads, seq)
         specs = (split, queries, keys, keys, spec(batch, seq), spec(batch))
         local = jax.shard_map(local, mesh=rules.mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    out = local(kernel, *tiles, *real)
-    return out[:, :, :T, : v.shape[-1]].swapaxes(1, 2).astype(q.dtype), None
+    out = local(kernel, *tiles, *segments)
+    out = out[:, :, :T, : v.shape[-1]].swapaxes(1, 2).astype(q.dtype)
+    return out if undo is None else undo(out), None
 
 
 def _up(size: int) -> int:
