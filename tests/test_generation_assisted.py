@@ -73,16 +73,14 @@ def family(name, scan_layers):
     ("name", "scan_layers"),
     [
         ("mistral", True),
-        ("mamba", False),
-        ("t5", False),
+        pytest.param("mamba", False, marks=pytest.mark.slow),
+        pytest.param("t5", False, marks=pytest.mark.slow),
         pytest.param("mistral", False, marks=pytest.mark.slow),
         pytest.param("gemma2", False, marks=pytest.mark.slow),
         pytest.param("gpt2", True, marks=pytest.mark.slow),
         pytest.param("gemma2", True, marks=pytest.mark.slow),
-        pytest.param("mamba", True, marks=pytest.mark.slow),
         pytest.param("jamba", False, marks=pytest.mark.slow),
         pytest.param("recurrent_gemma", True, marks=pytest.mark.slow),
-        pytest.param("t5", True, marks=pytest.mark.slow),
     ],
 )
 def test_families_say_what_they_say_alone(name, scan_layers):
@@ -105,7 +103,10 @@ def test_families_say_what_they_say_alone(name, scan_layers):
     assert rejected > 20
 
 
-@pytest.mark.parametrize("way", ["lookup", "draft", "exit"])
+SOME_SLOW = [pytest.param("exit", marks=pytest.mark.slow), "draft"]
+
+
+@pytest.mark.parametrize("way", [*SOME_SLOW, "lookup"])
 def test_options_vary_and_nothing_compiles(way):
     """Any values of the options that are active, against plain greedy decoding with them."""
     ids, mask = prompts()
@@ -158,7 +159,7 @@ def tiny():
     return model, noisy(init_params(model, jax.random.key(1)), 0.4)
 
 
-@pytest.mark.parametrize("way", ["draft", "exit"])
+@pytest.mark.parametrize("way", SOME_SLOW)
 def test_samples_follow_the_models_distribution(way):
     """6,000 rows of one prompt, three tokens each, against the probabilities of all 216 continuations."""
     model, params = tiny()
@@ -254,7 +255,7 @@ def lookup(tokens, real, num, ngram):
     return PromptLookup(num, ngram, columns=8).propose(limit, state, ~state.finished)[0]
 
 
-@pytest.mark.parametrize("way", ["lookup", "draft"])
+@pytest.mark.parametrize("way", [pytest.param("lookup", marks=pytest.mark.slow), "draft"])
 def test_rows_that_differ_fill_the_cache(way, monkeypatch):
     """With room for one round only, rejected slots are given back again and again."""
     monkeypatch.setattr("jaxmodels.generation.loop.ROUNDS", 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from generation_fixtures import VOCAB, T, compilations, ours, prompts, torch_greedy
 from processing_fixtures import llama3
-from test_generation_assisted import NEVER, SURE, draft, family, forms, noisy
+from test_generation_assisted import NEVER, SOME_SLOW, SURE, draft, family, forms, noisy
 
 import jaxmodels as jm
 from jaxmodels.generation import Grammar, generate
@@ -21,7 +21,7 @@ TINY = Path(jm.__file__).parent / "assets" / "tiny-python"
 WAYS = ["lookup", "draft", "exit"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*SOME_SLOW, pytest.param("lookup", marks=pytest.mark.slow)])
 def test_records_and_streams(way):
     """Scores and logits of every row's tokens, whatever round they came in; columns as soon as all rows have them."""
     ids, mask = prompts()
@@ -68,7 +68,10 @@ def test_watermark_and_time_limit():
         assert out.sequences[row, T : T + min(n, 40)].tolist() == torch_greedy(row)[:n] and not out.sequences[row, T + n :].any()
 
 
-@pytest.mark.parametrize(("way", "scan_layers"), [("lookup", False), ("draft", False), ("exit", True)])
+SLOW_TURNS = [pytest.param("lookup", False, marks=pytest.mark.slow), pytest.param("exit", True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("way", "scan_layers"), [("draft", False), *SLOW_TURNS])
 def test_turns(way, scan_layers):
     """A cache goes on, to assisted and plain decoding; a draft model's own with it."""
     ids, mask = prompts()
@@ -86,6 +89,7 @@ def test_turns(way, scan_layers):
     np.testing.assert_array_equal(again.sequences, more.sequences[[3, 1, 1, 0], -12:])
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_goes_on_with_its_assistant():
     model, params = family("t5", False)
     ids = np.random.default_rng(1).integers(3, 60, (2, 9))
@@ -130,29 +134,40 @@ def code(*texts):
     return np.array([[0] * (width - len(row)) + row for row in rows]), np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
-def test_two_tokenizers(tmp_path):
-    """Drafts through text: nearly all right where the assistant is the model itself, none where it babbles, the same tokens always."""
+TEXTS = ("def add(a, b):\n    ", "class Foo:\n    def __init__(self", "for i in range(")
+LONG = {"max_new_tokens": 40, "repetition_penalty": 1.0, "eos_token_id": NEVER + 5000, "pad_token_id": 0}
+
+
+def test_drafts_go_through_text():
+    """Nearly all are right where the assistant is the model itself."""
     model, params, tokenizer = tiny_python()
-    ids, mask = code("def add(a, b):\n    ", "class Foo:\n    def __init__(self", "for i in range(")
-    options = {"max_new_tokens": 40, "repetition_penalty": 1.0, "eos_token_id": NEVER + 5000, "pad_token_id": 0}
-    want = generate(model, params, ids, mask, **options).sequences
+    ids, mask = code(*TEXTS)
+    want = generate(model, params, ids, mask, **LONG).sequences
     seen = []
     stream = type("Stream", (), {"put": lambda self, x: seen.append(x), "end": lambda self: None})()
-    call = functools.partial(generate, model, params, ids, mask, **options, tokenizer=tokenizer, num_assistant_tokens=5, **SURE)
-    own = call(assistant_model=(model, params), assistant_tokenizer=tokenizer, streamer=stream, num_assistant_tokens_schedule="heuristic")
+    options = {"tokenizer": tokenizer, "num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic", **LONG, **SURE}
+    options |= {"assistant_model": (model, params), "assistant_tokenizer": tokenizer}
+    own = generate(model, params, ids, mask, streamer=stream, **options)
     np.testing.assert_array_equal(own.sequences, want)
     np.testing.assert_array_equal(np.stack(seen[1:], 1), want[:, ids.shape[1] :])
     assert own.assistance.rounds < 16 and (own.assistance.accepted > 0.7 * own.assistance.drafted).all()
+
+
+@pytest.mark.slow
+def test_two_tokenizers(tmp_path):
+    """The tokens and samples of plain decoding whatever an assistant babbles."""
+    model, params, tokenizer = tiny_python()
+    ids, mask = code(*TEXTS)
     other = jm.AutoTokenizer.from_pretrained(llama3(tmp_path))
     config = LlamaConfig(vocab_size=len(other), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     babble = LlamaForCausalLM(config)
     assistant = (babble, noisy(init_params(babble, jax.random.key(0)), 0.2))
-    np.testing.assert_array_equal(call(assistant_model=assistant, assistant_tokenizer=other).sequences, want)
+    babbling = {"tokenizer": tokenizer, "assistant_model": assistant, "assistant_tokenizer": other}
+    own = {"tokenizer": tokenizer, "assistant_model": (model, params), "assistant_tokenizer": tokenizer}
     sampled = {"do_sample": True, "key": jax.random.key(4), "max_new_tokens": 20}
-    plain = generate(model, params, ids, mask, **options | sampled).sequences
-    both = {"tokenizer": tokenizer, "assistant_model": (model, params), "assistant_tokenizer": tokenizer}
-    got = generate(model, params, ids, mask, **options | sampled, **both)
-    np.testing.assert_array_equal(got.sequences, plain)
+    for drafts, more in ((babbling, {}), (own, sampled)):
+        plain, got = (generate(model, params, ids, mask, **LONG | more, **extra) for extra in ({}, drafts))
+        np.testing.assert_array_equal(got.sequences, plain.sequences)
 
 
 def test_grammar_and_stop_strings():
