@@ -187,12 +187,12 @@ class GatedMLP(nn.Module):
 
 
 class Rope(struct.PyTreeNode):
-    """cos and sin [B,T,1,R] for the new tokens, and their frequencies [R/2]. Where these change with a row's length, [B,R/2], keys are
+    """cos and sin [B,T,1,R] for the new tokens; with a cache also their frequencies [R/2]. Where these change with a row's length, [B,R/2], keys are
     `late`: cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
     before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
 
     new: tuple[jax.Array, jax.Array]
-    frequencies: jax.Array
+    frequencies: jax.Array | None
     late: bool = struct.field(pytree_node=False)
     scale: float = struct.field(pytree_node=False, default=1.0)
     interleaved: bool = struct.field(pytree_node=False, default=False)  # pairs are (2i, 2i + 1)
@@ -251,7 +251,8 @@ class Step(struct.PyTreeNode):
         lengths = self.key_positions.max(1) + 1 if position_ids is None else turned.max(1) + 1
         frequencies, scale = inverse_frequencies(rope, head_dim, lengths)
         late = rope.length_dependent and self.index is not None
-        return Rope(rope_table(frequencies, scale, turned, dtype), frequencies, late, scale, interleaved)
+        kept = None if self.index is None else frequencies
+        return Rope(rope_table(frequencies, scale, turned, dtype), kept, late, scale, interleaved)
 
 
 def begin(
