@@ -3,7 +3,6 @@
     read_checkpoint(path, variant=None) -> {key: Tensor}        model.safetensors, or model.safetensors.index.json and its shards
     write_checkpoint(path, {key: Tensor}, max_shard_size="50GB", variant=None, files={"config.json": text}, progress=None)
     read_file(path) -> {key: Tensor}      write_file(path, {key: Tensor})      one safetensors file
-    with replacing(directory) as temporary: ...                 what was written to `temporary` becomes `directory`, all or nothing
 
 The safetensors library checks a file; its bytes are then read through a memory map, since the library's numpy reader copies twice, holds
 the GIL for as long as a read takes and has no float8. Every error is a `CheckpointError` that names the file.
@@ -11,24 +10,23 @@ the GIL for as long as a read takes and has no float8. Every error is a `Checkpo
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
-import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.tensors import NumpyTensor, Tensor
+from jaxmodels.convert.hub import is_url
+from jaxmodels.convert.remote import RangeTensor, RemotePath
+from jaxmodels.convert.tensors import Assembled, NumpyTensor, Tensor
 
 # In the order in which a file holds them: widest type first, then by name.
 DTYPES: dict[str, np.dtype] = {
@@ -54,14 +52,26 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_THREADS = 16
+# Parts of tensors, as torch.distributed.checkpoint's HuggingFaceStorageWriter names and describes them
+PART = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
+SHARDING_INFO = "DCP_SHARDING_INFO"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+Place: TypeAlias = Path | RemotePath
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _unique_keys(path: Path) -> Any:
+def place(path: str | os.PathLike[str] | RemotePath) -> Place:
+    """A local path, or one at a URL."""
+    if isinstance(path, RemotePath) or not is_url(path):
+        return path if isinstance(path, RemotePath) else Path(path)
+    remote = RemotePath(os.fspath(path))
+    return Path(remote.inner) if "file" in remote.fs.protocol else remote
+
+
+def _unique_keys(path: Place) -> Any:
     def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
@@ -72,7 +82,7 @@ def _unique_keys(path: Path) -> Any:
     return hook
 
 
-def _json(path: Path, data: bytes) -> dict[str, Any]:
+def _json(path: Place, data: bytes) -> dict[str, Any]:
     try:
         result = json.loads(data, object_pairs_hook=_unique_keys(path))
     except CheckpointError:
@@ -84,33 +94,40 @@ def _json(path: Path, data: bytes) -> dict[str, Any]:
     return result
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def _header(path: Place) -> tuple[dict[str, Any], int]:
     """The checked header of a safetensors file and the offset at which its data begin."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
+        with path.open() if isinstance(path, RemotePath) else open(path, "rb") as file:
+            found = file.seek(0, os.SEEK_END)
+            file.seek(0)
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")
-            found = os.fstat(file.fileno()).st_size
             if len(start) == 8 and length > _MAX_HEADER:
                 raise CheckpointError(f"{path}: not a safetensors file: its header would be {length:,} bytes long")
             if 8 + length > found or len(start) < 8:
                 raise CheckpointError(f"{path}: truncated: {found:,} bytes, expected at least {max(8, 8 + length):,}; fetch the file again")
-            header = _json(path, file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    header.pop("__metadata__", None)
-    offsets = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    header = _json(path, text)
+    offsets = [entry.get("data_offsets") for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)]
     ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int)]
     expected = 8 + length + max(ends, default=0)
     if found < expected:
         raise CheckpointError(f"{path}: truncated: {found:,} bytes, its header says {expected:,}; fetch the file again")
     try:
-        with safe_open(path, "numpy"):
-            pass
+        if isinstance(path, RemotePath):
+            with tempfile.NamedTemporaryFile() as copy:  # the header and a hole: as much as the library looks at
+                copy.write(start + text)
+                copy.truncate(found)
+                copy.flush()
+                safe_open(copy.name, "numpy")
+        else:
+            safe_open(path, "numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: bad safetensors header: {error}; fetch or write the file again") from None
     return header, 8 + length
@@ -118,18 +135,24 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of one safetensors file, lazily, in the file's order."""
-    path = Path(path)
+    return read_annotated(place(path))[0]
+
+
+def read_annotated(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_file`, and the file's metadata."""
     header, begin = _header(path)
-    data = np.memmap(path, np.uint8, "r")
+    metadata = header.pop("__metadata__", {})
+    data = None if isinstance(path, RemotePath) else np.memmap(path, np.uint8, "r")
     tensors: dict[str, Tensor] = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: {key}: dtype {entry['dtype']} is not supported, expected one of {', '.join(DTYPES)}")
-        start, stop = (begin + offset for offset in entry["data_offsets"])
-        # a plain ndarray over the map: the subclass would cost a Python call in every view
-        array = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[key] = NumpyTensor(array, str(path))
-    return tensors
+        dtype, (start, stop) = DTYPES[entry["dtype"]], (begin + offset for offset in entry["data_offsets"])
+        if data is None:
+            tensors[key] = RangeTensor(path, start, entry["shape"], dtype)  # type: ignore[arg-type]
+        else:  # a plain ndarray over the map: the subclass would cost a Python call in every view
+            tensors[key] = NumpyTensor(np.asarray(data[start:stop]).view(dtype).reshape(entry["shape"]), str(path))
+    return tensors, metadata
 
 
 def _weights(variant: str | None) -> str:
@@ -141,12 +164,13 @@ def _index(variant: str | None) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, lazily: `path` is a directory, or one safetensors file.
+    """The tensors of a checkpoint, lazily: `path` is a directory or one safetensors file, also at a URL that fsspec knows.
 
-    A directory holds model.safetensors, or model.safetensors.index.json with its shards; `variant="fp16"` means model.fp16.safetensors.
+    A directory holds model.safetensors, or model.safetensors.index.json with its shards; `variant="fp16"` means model.fp16.safetensors; or
+    shard-….safetensors files with parts of tensors, as `sharded` describes.
     Raises CheckpointError for a truncated file, a bad header or index, a missing shard, a key that is doubled or that its shard lacks, a
     directory without safetensors (pickles are never loaded)."""
-    path = Path(path)
+    path = place(path)
     if path.is_file():
         return read_file(path)
     if not path.is_dir():
@@ -156,10 +180,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None)
         return read_file(single)
     if index.exists():
         return _read_shards(index)
+    parts = [entry for entry in path.iterdir() if PART.fullmatch(entry.name)]
+    if parts and variant is None:
+        return read_parts(path, sorted(parts, key=str))
     raise CheckpointError(_why_not(path, variant))
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Place) -> dict[str, Tensor]:
     try:
         table = _json(index, index.read_bytes()).get("weight_map")
     except OSError as error:
@@ -170,13 +197,16 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index}: names files outside its directory: {outside}")
-    missing = [name for name in names if not (index.parent / name).exists()]
-    if missing:
-        raise CheckpointError(f"{index.parent}: missing shards {missing} of {len(names)}; fetch them again")
+    files = [index.parent / name for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        missing = [name for name, exists in zip(names, pool.map(lambda file: file.exists(), files)) if not exists]
+        if missing:
+            raise CheckpointError(f"{index.parent}: missing shards {missing} of {len(names)}; fetch them again")
+        contents = list(pool.map(read_file, files))
     tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
-    for name in names:
-        for key, tensor in read_file(index.parent / name).items():
+    for name, content in zip(names, contents):
+        for key, tensor in content.items():
             if key in tensors:
                 raise CheckpointError(f"{index.parent}: doubled key {key!r}: in {where[key]} and in {name}")
             tensors[key], where[key] = tensor, name
@@ -186,7 +216,24 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _why_not(path: Path, variant: str | None) -> str:
+def read_parts(directory: Place, files: Sequence[Place]) -> dict[str, Tensor]:
+    """The tensors whose parts lie in `files`, each of which says where its parts begin."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        contents = list(pool.map(read_annotated, files))
+    parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for file, (tensors, metadata) in zip(files, contents):
+        try:
+            starts = {key: tuple(value["saved_offsets"]) for key, value in json.loads(metadata[SHARDING_INFO]).items()}
+            found = {key: (starts[key], tensor) for key, tensor in tensors.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: its metadata do not say where the parts in it begin ({SHARDING_INFO}): {error!r}") from None
+        for key, (start, tensor) in found.items():
+            parts.setdefault(key, {})[start] = tensor
+    where = f"{len(files)} files of parts in {directory}"
+    return {key: Assembled(key, tensors, where) for key, tensors in parts.items()}
+
+
+def _why_not(path: Place, variant: str | None) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     expected = f"{path}: no {_weights(variant)} or {_index(variant)}"
     if not names:
@@ -271,129 +318,3 @@ def write_checkpoint(
 def quiet(progress: bool | None) -> bool | None:
     """tqdm's `disable` for our `progress`: None leaves it to whether there is a terminal."""
     return None if progress is None else not progress
-
-
-@contextmanager
-def replacing(directory: str | os.PathLike[str], *, drop: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Yields a new directory beside `directory`; on a normal exit it takes its place in one step, on an error nothing has changed.
-
-    Entries of the old directory that the new one lacks are carried over (hard links where possible), unless `drop(name)`. Whatever a killed
-    process has left behind is removed by the next call for the same directory."""
-    target = Path(directory).resolve()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file, expected a directory or nothing")
-    if Path.cwd().is_relative_to(target):
-        raise CheckpointError(f"{target}: is the working directory, and would be replaced as a whole: save to another one, or from outside")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary, lock = _claim(target)
-    try:
-        yield temporary
-        _sync(temporary)
-        if target.exists():
-            for entry in os.scandir(target):
-                if not os.path.lexists(temporary / entry.name) and not drop(entry.name):
-                    _carry(Path(entry.path), temporary / entry.name)
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        _sync_path(temporary)
-        _swap(temporary, target)
-        _sync_path(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the swap: what was there before
-        os.close(lock)
-
-
-def _carry(old: Path, new: Path) -> None:
-    def link(source: str, destination: str) -> None:
-        try:
-            os.link(source, destination, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(source, destination, follow_symlinks=False)
-
-    if old.is_dir() and not old.is_symlink():
-        shutil.copytree(old, new, symlinks=True, copy_function=link)
-    else:
-        link(str(old), str(new))
-
-
-def _claim(target: Path) -> tuple[Path, int]:
-    """A new temporary directory and its lock, which lasts as long as this process: a directory whose lock is free is abandoned."""
-    while True:
-        temporary = target.with_name(f".{target.name}.saving-{secrets.token_hex(6)}")
-        temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY)
-        _lock(lock)
-        with suppress(FileNotFoundError):  # another process may have swept it between the two steps
-            if os.path.samestat(temporary.stat(), os.fstat(lock)):
-                return temporary, lock
-        os.close(lock)
-
-
-def _lock(descriptor: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _sweep(target: Path) -> None:
-    for entry in list(os.scandir(target.parent)):
-        if entry.name.startswith(f".{target.name}.saving-"):
-            with suppress(OSError):
-                descriptor = os.open(entry.path, os.O_RDONLY)
-                if _lock(descriptor):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                os.close(descriptor)
-        elif entry.name.startswith(f".{target.name}.old-"):  # only `_swap` without an atomic exchange leaves these
-            if target.exists():
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.rename(entry.path, target)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    try:
-        os.rename(temporary, target)  # nothing there, or an empty directory
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    if not _exchange(temporary, target):
-        aside = target.with_name(temporary.name.replace(".saving-", ".old-"))
-        os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_path(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    for parent, _, names in os.walk(directory):
-        for path in [*(os.path.join(parent, name) for name in names), parent]:
-            _sync_path(path)

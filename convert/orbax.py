@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.files import replacing
 
 
 def is_orbax(directory: str | os.PathLike[str]) -> bool:

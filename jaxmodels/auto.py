@@ -189,45 +189,62 @@ def from_pretrained(
 ) -> tuple[Model, Tree]:
     """Load a HF checkpoint: (model, params).
 
-    path: a directory, or a hub id with the hub's options (revision, token, cache_dir, subfolder, variant, local_files_only).
+    path: a directory, a URL that fsspec knows (s3://, https://, …), of which only the byte ranges are read that this process' devices
+    hold, or a hub id with the hub's options (revision, token, cache_dir, subfolder, variant, local_files_only).
     task: an auto class, or a family's class. dtype: of the parameters and the computation; "auto" keeps every tensor as stored
     and computes in the dtype that holds most of the bytes. compute_dtype overrides the second. mesh, rules: place every
     parameter as it is read (a Rules value or a preset's name, `fsdp+tensor` by default). key: for a head that the checkpoint
     lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
 
-    Raises CheckpointError (a ValueError) for a bad checkpoint, ValueError for a bad config."""
+    Over a mesh with devices of several processes every process makes the same call. Raises CheckpointError (a ValueError) for a bad
+    checkpoint, ValueError for a bad config or for processes that disagree, ProcessError where another process failed."""
     from jaxmodels.convert.dequantize import dequantized
     from jaxmodels.convert.files import read_checkpoint
+    from jaxmodels.convert.hub import inside, is_url
     from jaxmodels.convert.load import load
-    from jaxmodels.sharding import resolve_rules
+    from jaxmodels.sharding.processes import agree, described, lockstep, spans
+    from jaxmodels.sharding.rules import resolve_rules
 
-    variant = options.get("variant")
-    directory, overrides = _resolve(path, options)
-    config = read_config(directory, overrides)
-    cls = task.class_for(config) if issubclass(task, _AutoClass) else task
-    source = dequantized(read_checkpoint(directory, variant=variant), config)
-    stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
-    config = config.matched(source)
-    model = cls(
-        config,
-        dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
-        scan_layers=scan_layers,
-        remat=remat,
-        attn_implementation=attn_implementation,
-        rules=resolve_rules(rules, mesh),
-    )
-    conversion, prefix = conversion_of(model)
-    key = jax.random.key(0) if key is None else key
-    params, _ = load(
-        source,
-        flatten(abstract_params(model, stored)),
-        rules=conversion,
-        base_prefix=prefix,
-        init=lambda names: init_params(model, key, stored, only=names),
-        keep_dtypes=dtype == "auto",
-        progress=progress,
-        where=str(directory),
-    )
+    placing, hub = resolve_rules(rules, mesh), {name: options[name] for name in HUB_OPTIONS if name in options}
+    if spans(placing):
+        fields = {name: value for name, value in options.items() if name not in hub}
+        asked = {"task": task.__name__, "dtype": str(dtype), "compute_dtype": str(compute_dtype), "scan_layers": scan_layers}
+        agree(
+            "from_pretrained",
+            path=str(path),
+            **asked,
+            options={k: v for k, v in hub.items() if k != "token"} | fields,
+            **described(placing),
+        )
+    with lockstep(f"from_pretrained({str(path)!r})", spans(placing)):
+        directory, overrides = _resolve(path, options)
+        config = read_config(directory, overrides)
+        cls = task.class_for(config) if issubclass(task, _AutoClass) else task
+        where = inside(str(path), hub.get("subfolder")) if is_url(path) else directory
+        source = dequantized(read_checkpoint(where, variant=hub.get("variant")), config)
+        stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
+        model = cls(
+            config.matched(source),
+            dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
+            scan_layers=scan_layers,
+            remat=remat,
+            attn_implementation=attn_implementation,
+            rules=placing,
+        )
+        if spans(placing):
+            agree("from_pretrained", **{f"config.json, {name}": value for name, value in model.config.to_dict().items()})
+        conversion, prefix = conversion_of(model)
+        key = jax.random.key(0) if key is None else key
+        params, _ = load(
+            source,
+            flatten(abstract_params(model, stored)),
+            rules=conversion,
+            base_prefix=prefix,
+            init=lambda names: init_params(model, key, stored, only=names),
+            keep_dtypes=dtype == "auto",
+            progress=progress,
+            where=str(where),
+        )
     return model, unflatten(params)
 
 
