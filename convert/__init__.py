@@ -20,6 +20,7 @@ _PUBLIC = {
     "hub": ("resolve",),
     "load": ("LoadReport", "unload"),
     "orbax": ("is_orbax", "orbax_specs", "restore_orbax", "save_orbax"),
+    "sharded": ("consolidate",),
     "rules": tuple(_RULES.split()),
     "tensors": ("Tensor", "as_tensor"),
 }

@@ -13,16 +13,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.convert.atomic import replacing
+from jaxmodels.convert.atomic import replacing as replacing
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import is_url
 from jaxmodels.convert.remote import RangeTensor, RemotePath
@@ -254,13 +256,19 @@ def _why_not(path: Place, variant: str | None) -> str:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, written: Callable[[int], object] | None = None) -> None:
+def write_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] = {},
+    written: Callable[[int], object] | None = None,
+) -> None:
     """Write one safetensors file, byte for byte as the library does, holding one tensor at a time. `written(bytes)` is told of each."""
     unknown = [f"{key}: {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _NAMES]
     if unknown:
         raise CheckpointError(f"{path}: no safetensors dtype for {unknown}, expected one of {', '.join(DTYPES)}")
     order = sorted(tensors, key=lambda key: (_NAMES[tensors[key].dtype][0], key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     end = 0
     for key in order:
         start, end = end, end + tensors[key].nbytes
@@ -283,36 +291,85 @@ def write_checkpoint(
     variant: str | None = None,
     files: Mapping[str, str | bytes] | None = None,
     progress: bool | None = None,
+    fqn_to_index_mapping: Mapping[str, int] | None = None,
+    consolidate: bool = True,
+    together: bool = False,
 ) -> None:
     """Write `tensors` (split in the order given) and `files` (name -> content) as the checkpoint `directory`, all or nothing.
 
     Until the last step the old directory is whole and in place, after it the new one. Other files of the old one (a tokenizer, a README)
     are kept, its weights of the same variant are not. `max_shard_size` is in bytes, or "5GB". `progress`: None shows a bar on a terminal
-    once the work takes over two seconds, True shows it anywhere, False never."""
-    from huggingface_hub import split_state_dict_into_shards_factory
+    once the work takes over two seconds, True shows it anywhere, False never.
+    fqn_to_index_mapping: {key: number of its file, from 1} in place of `max_shard_size`. together: all processes make this call, and each
+    writes what its devices hold, to a directory that they share. consolidate: False leaves these parts (see `sharded`) as they are."""
     from tqdm import tqdm
+
+    from jaxmodels.convert.sharded import digest, replacing_together, write_parts
+    from jaxmodels.sharding.processes import agree, lockstep
 
     if not tensors:
         raise CheckpointError(f"{directory}: no tensors to write")
-    base = _weights(variant)
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=base.removesuffix(".safetensors") + "{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    stem, tail = ("model" + (f".{variant}" if variant else "")), (f".{variant}" if variant else "")
-    stale = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model-\d{{5}}-of-\d{{5}}{re.escape(tail)}\.safetensors")
+    if is_url(directory):
+        raise CheckpointError(f"{directory}: a checkpoint is written to a local directory; copy it from there")
+    if variant and not consolidate:
+        raise CheckpointError(f"{directory}: files of parts have no variant, found variant={variant!r}")
+    keys_of, index = _split(directory, tensors, max_shard_size, variant, fqn_to_index_mapping)
+    if together:
+        agree("save", path=str(directory), consolidate=consolidate, files=dict(keys_of), **{"the tensors (hash)": digest(tensors)})
+    numbers = {key: number for number, keys in enumerate(keys_of.values(), 1) for key in keys}
+    process, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
     bar = tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Saving", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
-    with bar, replacing(directory, drop=lambda name: name == _index(variant) or stale.fullmatch(name) is not None) as temporary:
-        for name, keys in split.filename_to_tensors.items():
-            write_file(temporary / name, {key: tensors[key] for key in keys}, written=bar.update)
-        if split.is_sharded:
-            metadata = {"total_parameters": sum(t.size for t in tensors.values()), **split.metadata}
-            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-            (temporary / _index(variant)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name, content in (files or {}).items():
-            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with bar, replacing_together(directory, drop=_stale(variant), together=together) as temporary:
+        source = tensors
+        if together or not consolidate:
+            folder = temporary / "sharded" if consolidate else temporary
+            folder.mkdir(exist_ok=True)
+            with lockstep(f"saving {directory}", together):
+                write_parts(folder, tensors, numbers, bar.update)
+            source = read_checkpoint(folder) if consolidate else {}
+        for name, keys in [*keys_of.items()][process::count] if consolidate else ():
+            write_file(temporary / name, {key: source[key] for key in keys}, written=None if together else bar.update)
+        if process == 0:
+            for name, content in {**(files or {}), **(index if consolidate else {})}.items():
+                (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        if together and consolidate:
+            with lockstep(f"saving {directory}"):  # all have read
+                source = {}
+            if process == 0:
+                shutil.rmtree(folder)
+
+
+def _split(
+    directory: Any, tensors: Mapping[str, Tensor], max_shard_size: int | str, variant: str | None, numbers: Mapping[str, int] | None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """{file name: keys}, and the index by its name where there are several files."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    pattern = _weights(variant).removesuffix(".safetensors") + "{suffix}.safetensors"
+    if numbers is None:
+        sizes = {"get_storage_size": lambda tensor: tensor.nbytes, "max_shard_size": max_shard_size}
+        keys_of = split_state_dict_into_shards_factory(dict(tensors), filename_pattern=pattern, **sizes).filename_to_tensors
+    else:
+        strange = sorted(numbers.keys() ^ tensors.keys())
+        found = sorted(set(numbers.values()))
+        if strange or found != list(range(1, len(found) + 1)):
+            wrong = f"in one of the two only: {strange[:8]}" if strange else f"its numbers are {found[:8]}"
+            raise CheckpointError(f"{directory}: fqn_to_index_mapping must number the files of all tensors from 1 on; {wrong}")
+        suffix = "-{:05}-of-{:05}" if len(found) > 1 else ""
+        names = {number: pattern.format(suffix=suffix.format(number, len(found))) for number in found}
+        keys_of = {names[number]: [key for key in tensors if numbers[key] == number] for number in found}
+    if len(keys_of) == 1:
+        return keys_of, {}
+    metadata = {"total_parameters": sum(t.size for t in tensors.values()), "total_size": sum(t.nbytes for t in tensors.values())}
+    index = {"metadata": metadata, "weight_map": {key: name for name, keys in keys_of.items() for key in keys}}
+    return keys_of, {_index(variant): json.dumps(index, indent=2, sort_keys=True) + "\n"}
+
+
+def _stale(variant: str | None) -> Callable[[str], bool]:
+    """Which files of a directory new weights take the place of."""
+    stem, tail = ("model" + (f".{variant}" if variant else "")), (f".{variant}" if variant else "")
+    pattern = rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model-\d{{5}}-of-\d{{5}}{re.escape(tail)}\.safetensors"
+    return lambda name: bool(name == _index(variant) or re.fullmatch(pattern, name) or (variant is None and PART.fullmatch(name)))
 
 
 def quiet(progress: bool | None) -> bool | None:

@@ -301,8 +301,8 @@ class Assembled(Tensor):
     """A tensor of `parts`, each under the index of its first element; `path` says where from. CheckpointError where they do not fill it."""
 
     def __init__(self, key: str, parts: Mapping[tuple[int, ...], Tensor], path: str) -> None:
-        self.parts, self.path = {_region(start, part): part for start, part in parts.items()}, path
-        regions, (first, *others) = list(self.parts), parts.values()
+        self.parts, self.path = [(_region(start, part), part) for start, part in parts.items()], path
+        regions, (first, *others) = [region for region, _ in self.parts], parts.values()
         self.remote = first.remote
         super().__init__([max(region[axis].stop for region in regions) for axis in range(len(first.shape))], first.dtype)
         if any((len(part.shape), part.dtype) != (len(first.shape), first.dtype) for part in others):
@@ -312,7 +312,7 @@ class Assembled(Tensor):
             raise CheckpointError(f"{key}: the parts {found} are no whole tensor {list(self.shape)}: is a file missing? Found {path}")
 
     def _fill(self, out: np.ndarray, index: Index) -> None:
-        for region, part in self.parts.items():
+        for region, part in self.parts:
             both = overlap(region, index)
             if both is not None:
                 here: Any = (*(slice(s.start - i.start, s.stop - i.start) for s, i in zip(both, index)), ...)

@@ -257,18 +257,28 @@ def save_pretrained(
     variant: str | None = None,
     generation_config: Any = None,
     progress: bool | None = None,
+    fqn_to_index_mapping: Mapping[str, int] | None = None,
+    consolidate: bool = True,
 ) -> None:
     """Write what torch's save_pretrained writes: config.json, generation_config.json, safetensors (in shards above `max_shard_size`).
 
     The directory appears, or is replaced, in one step; other files in it (a tokenizer) are kept. Tensors that were loaded and
-    not changed are the same bytes. generation_config: a GenerationConfig in place of the one that the model was loaded with."""
+    not changed are the same bytes. generation_config: a GenerationConfig in place of the one that the model was loaded with.
+
+    Parameters that lie on devices of several processes are saved by all of them, to a directory that they share: each writes the parts
+    that it holds, and these are then made the same files as one process writes; consolidate=False leaves them as they are, for
+    `jaxmodels.convert.consolidate`, from_pretrained or torch.distributed.checkpoint's HuggingFaceStorageReader.
+    fqn_to_index_mapping: {key in the file: number of its file, from 1}, in place of max_shard_size."""
     from jaxmodels.convert.files import write_checkpoint
     from jaxmodels.convert.load import unload
 
     rules, prefix = conversion_of(model)
     tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
     files = json_files(model, tensors, generation_config)
-    write_checkpoint(path, tensors, max_shard_size=max_shard_size, variant=variant, files=files, progress=progress)
+    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+    options: dict[str, Any] = {"max_shard_size": max_shard_size, "variant": variant, "progress": progress}
+    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": together}
+    write_checkpoint(path, tensors, files=files, **options)
 
 
 def json_files(model: Model, tensors: Mapping[str, Any], generation_config: Any = None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.sharding.rules import Rules
 
@@ -80,6 +80,21 @@ def lockstep(doing: str, together: bool = True) -> Iterator[None]:
 def from_first(doing: str, text: str) -> str:
     """The text of process 0, on every process."""
     return _gather(doing, text)[0]
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays; those over several processes come whole to each, which all make this call."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)  # type: ignore[attr-defined]
+
+    return jax.device_get(jax.tree.map(one, tree))
 
 
 def _gather(doing: str, text: str, failed: bool = False) -> list[str]:

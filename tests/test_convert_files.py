@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxmodels.convert import atomic
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.files import DTYPES, read_checkpoint, read_file, replacing, write_checkpoint, write_file
+from jaxmodels.convert.files import DTYPES, read_checkpoint, read_file, write_checkpoint, write_file
 from jaxmodels.convert.tensors import Spec, as_tensor
 
 

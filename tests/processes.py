@@ -1,0 +1,97 @@
+"""Real processes of one job on this machine: `launch` starts them, `Job` waits for them; a server of files that answers ranges and counts."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("process_worker.py")
+
+
+class Job:
+    def __init__(self, task, directory, count, devices, *arguments):
+        with socket.socket() as sock:
+            sock.bind(("localhost", 0))
+            port = sock.getsockname()[1]
+        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])
+        self.logs = [Path(directory) / f"{task}-{i}.log" for i in range(count)]
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            command = [sys.executable, "-u", str(WORKER), task, str(i), str(count), str(port), str(directory), *map(str, arguments)]
+            with log.open("wb") as file:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+
+    def wait(self, timeout=300):
+        """The exit codes, negative for a signal. Whatever still runs after `timeout` seconds is killed and fails the test."""
+        end = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+    def finish(self, timeout=300):
+        """All processes ended well, or the test fails with what they said."""
+        try:
+            codes = self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            codes = ["timeout"]
+        assert codes == [0] * len(self.processes), "\n".join(f"== {log.name}\n{log.read_text()[-4000:]}" for log in self.logs)
+
+    def kill(self, number):
+        self.processes[number].send_signal(signal.SIGKILL)
+
+
+@contextmanager
+def serving(directory, ranges=True, faults={}):
+    """A server of `directory`: its URL, and the list of what it has sent, (path, bytes). faults: {file name: bytes it seems to have}."""
+    sent = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            path = Path(directory) / self.path.lstrip("/")
+            if not path.is_file():
+                return self.send_error(404)
+            data = path.read_bytes()[: faults.get(path.name)]
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if ranges else None
+            if found:
+                start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
+                if start >= len(data):
+                    return self.send_error(416)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+                data = data[start:stop]
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                sent.append((path.name, len(data)))
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *args: None  # a client that hangs up
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", sent
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
