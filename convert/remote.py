@@ -122,15 +122,20 @@ class RemotePath:
 
 
 def _cause(error: BaseException) -> str:
-    error = error.__cause__ or error
+    if isinstance(error, FileNotFoundError):
+        error = error.__cause__ or error
     return f"{type(error).__name__}: {error}"
 
 
 def _absent(error: BaseException) -> bool:
     """Whether an error says that there is no such file, or none for this user: S3 forbids absent files to those who may not list."""
-    # fsspec's HTTP calls every failure a missing file; whether a server answered, and what, is in the cause
-    own = 404 if isinstance(error, FileNotFoundError | PermissionError) else 500
-    return getattr(error.__cause__ or error, "status", own if error.__cause__ is None else 500) < 500
+    cause = (
+        error.__cause__ or error
+    )  # fsspec's HTTP calls every failure a missing file: whether a server answered, and what, is in the cause
+    if hasattr(cause, "status"):
+        return cause.status < 500
+    silent = cause is not error and (isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp"))
+    return isinstance(error, FileNotFoundError | PermissionError) and not silent
 
 
 def _file_system(url: str) -> Any:
@@ -161,16 +166,15 @@ def fetch(url: str, names: Sequence[str]) -> Path:
     plain = list(dict.fromkeys(plain))
     _fetched.append(tempfile.TemporaryDirectory(prefix="jaxmodels-"))
     directory = Path(_fetched[-1].name)
-    absent = 0
-    for name, data in zip(plain, where.fs.cat_ranges([(where / name).inner for name in plain], None, None, on_error="return")):
-        if isinstance(data, Exception):
-            absent += 1
-            if not _absent(data) or absent == len(plain):
-                with (where / name).errors():
-                    raise data
-            continue
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_bytes(data)
+    found = where.fs.cat_ranges([(where / name).inner for name in plain], None, None, on_error="return")
+    nothing = all(isinstance(data, Exception) for data in found)
+    for name, data in zip(plain, found):
+        if not isinstance(data, Exception):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(data)
+        elif nothing or not _absent(data):
+            with (where / name).errors():
+                raise data
     return directory
 
 

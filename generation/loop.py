@@ -42,7 +42,7 @@ from jaxmodels.generation.strategies import build_strategy, check, contrastive
 from jaxmodels.generation.universal import Reencoder
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
-from jaxmodels.sharding.processes import agree, from_first, spans, to_host
+from jaxmodels.sharding.processes import agree, from_first, spans, telling, to_host
 
 DEFAULT_NEW_TOKENS = 20
 SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
@@ -191,11 +191,14 @@ def generate(
         if cache is None:
             source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
         input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
-    ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
+    given = jax.tree.leaves((params, input_ids, attention_mask))
+    together = spans(model.rules) and not any(isinstance(x, jax.core.Tracer) for x in given)
+    with telling("generate", together):
+        ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
     traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
     T = ids.shape[1]
     limit = _new_tokens(config, T, model.config)
-    if not traced and spans(model.rules):
+    if together:
         rows = hashlib.sha256(str(ids.shape).encode() + ids.tobytes() + real.tobytes()).hexdigest()
         agree("generate", **{"input_ids and attention_mask (hash)": rows}, streamer=streamer is not None, **config.to_dict())
     deadline = None if config.max_time is None else time.perf_counter() + config.max_time

@@ -62,9 +62,8 @@ def described(rules: Rules) -> dict[str, Any]:
 
 
 @contextmanager
-def lockstep(doing: str, together: bool = True) -> Iterator[None]:
-    """All processes leave this at the same time, and where it fails on one it fails on all: there with the error itself, on the others
-    with a ProcessError that quotes it. `together`: False makes it this process' own affair."""
+def telling(doing: str, together: bool = True) -> Iterator[None]:
+    """An error within reaches the other processes, too, wherever they next compare or wait."""
     try:
         yield
     except Exception as error:
@@ -73,6 +72,14 @@ def lockstep(doing: str, together: bool = True) -> Iterator[None]:
                 _gather(doing, f"{type(error).__name__}: {error}", failed=True)
             error.known_to_all = True  # type: ignore[attr-defined]  # they leave whatever is around this, too
         raise
+
+
+@contextmanager
+def lockstep(doing: str, together: bool = True) -> Iterator[None]:
+    """All processes leave this at the same time, and where it fails on one it fails on all: there with the error itself, on the others
+    with a ProcessError that quotes it. `together`: False makes it this process' own affair."""
+    with telling(doing, together):
+        yield
     if together and jax.process_count() > 1:
         _gather(doing, "")
 

@@ -1,8 +1,8 @@
 """One process of a job that test_processes.py launches: `process_worker.py TASK PROCESS COUNT PORT DIRECTORY …`. No test of its own."""
 
 import json
+import os
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import jaxmodels as jm
+from jaxmodels.convert import files, orbax, remote, sharded
 from jaxmodels.sharding import global_batch, process_rows, to_host
 
 MESH = {"fsdp": 4, "tensor": 2}
@@ -38,3 +39,108 @@ def numbers(path, mesh=MESH):
     found["losses"] = np.stack(losses)
     found["norm"] = to_host(jm.flatten(state.params)["model.norm.weight"])
     return found, model, state, step, optimizer
+
+
+def refusals(directory, path, process):
+    """What each process is told where they do not do the same, or one of them fails."""
+    told = {}
+    mesh = jm.make_mesh(**MESH)
+    load = lambda path, mesh=mesh, **options: jm.AutoModelForCausalLM.from_pretrained(path, mesh=mesh, **options)
+    model, params = load(path)
+
+    def refused(name, call):
+        try:
+            call()
+            told[name] = "nothing"
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    refused("mesh", lambda: load(path, jm.make_mesh(fsdp=8) if process else mesh))
+    refused("rules", lambda: load(path, rules="fsdp" if process else "tensor"))
+    refused("dtype", lambda: load(path, dtype="bfloat16" if process else "float32"))
+    refused("path", lambda: load(f"{directory}/host{process}/model"))
+    os.chdir(f"{directory}/host{process}")
+    refused("config", lambda: load("model"))
+    refused("missing", lambda: load("broken"))
+    refused("prompt", lambda: jm.generate(model, params, np.where(PROMPTS[0, 0] == PROMPTS, process, PROMPTS), max_new_tokens=2))
+    refused("ids", lambda: jm.generate(model, params, PROMPTS + 96 * (process == 1), max_new_tokens=2))
+    refused("target", lambda: jm.save_pretrained(f"{directory}/saved{process}", model, params))
+    jm.save_pretrained(f"{directory}/kept", model, params)
+    before = {file.name: file.read_bytes() for file in Path(directory, "kept").iterdir()}
+    write, calls = files.write_file, []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if process == 1 and len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(*arguments, **options)
+
+    files.write_file = sharded.write_file = full
+    refused("disk", lambda: jm.save_pretrained(f"{directory}/kept", model, params, max_shard_size=30_000))
+    files.write_file = sharded.write_file = write
+    assert {file.name: file.read_bytes() for file in Path(directory, "kept").iterdir()} == before
+    return told
+
+
+def read_by_range(url):
+    """Bytes of tensors that this process asks a server for, and that its devices need."""
+    remote.GAP, asked, read = 0, [], remote.RemotePath.read
+
+    def counting(self, start, stop):
+        asked.append(stop - start)
+        return read(self, start, stop)
+
+    remote.RemotePath.read = counting
+    _, params = jm.AutoModelForCausalLM.from_pretrained(url, mesh=jm.make_mesh(**MESH))
+    held = {(name, str(shard.index)): shard.data.nbytes for name, leaf in jm.flatten(params).items() for shard in leaf.addressable_shards}
+    return params, sum(asked), sum(held.values())
+
+
+def resumed(directory, model, state, step, optimizer):
+    """The loss of a fourth step, and of one after a save and a restore of the whole state."""
+    import orbax.checkpoint as ocp
+
+    flat = lambda state: dict(enumerate(jax.tree.leaves(state)))
+    named = lambda state: {str(name): leaf for name, leaf in flat(state).items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(directory) / "state", named(state))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    structure = jax.tree.structure(state)
+    _, metrics = step(state, batch(model, 3))
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(Path(directory) / "state", named(shapes))
+    state = jax.tree.unflatten(structure, [found[str(i)] for i in range(len(found))])
+    _, again = step(state, batch(model, 3))
+    return to_host((metrics["loss"], again["loss"]))
+
+
+def everything(process, directory, url):
+    path = f"{directory}/model"
+    told = refusals(directory, path, process)
+    found, model, state, step, optimizer = numbers(path)
+    trained = jm.flatten(state.params)
+    jm.save_pretrained(f"{directory}/whole", model, state.params, max_shard_size=30_000)
+    jm.save_pretrained(f"{directory}/parts", model, state.params, max_shard_size=30_000, consolidate=False)
+    numbered = {name: 1 + (name == "lm_head.weight") for name in trained}
+    jm.save_pretrained(f"{directory}/numbered", model, state.params, fqn_to_index_mapping=numbered)
+    orbax.save_orbax(f"{directory}/orbax", trained, model.config.to_dict())
+    for name in ("whole", "parts", "numbered"):  # and under another mesh
+        back = jm.AutoModelForCausalLM.from_pretrained(f"{directory}/{name}", mesh=jm.make_mesh(tensor=2, fsdp=-1), rules="fsdp")[1]
+        for key, leaf in to_host(jm.flatten(back)).items():
+            np.testing.assert_array_equal(leaf, to_host(trained[key]))
+    restored, _ = orbax.restore_orbax(f"{directory}/orbax", trained)
+    np.testing.assert_array_equal(to_host(restored["model.norm.weight"]), to_host(trained["model.norm.weight"]))
+    params, asked, held = read_by_range(url)
+    found["url"] = to_host(jm.flatten(params)["model.layers.1.self_attn.k_proj.weight"])
+    found["trained"] = to_host(trained["model.layers.1.self_attn.k_proj.weight"])
+    found["resumed"] = np.array(resumed(directory, model, state, step, optimizer))
+    if process == 0:
+        np.savez(f"{directory}/found.npz", **found)
+    Path(directory, f"told{process}.json").write_text(json.dumps({"told": told, "asked": asked, "held": held}))
+
+
+if __name__ == "__main__":
+    task, process, count, port, directory, *arguments = sys.argv[1:]
+    timeouts = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
+    {"everything": everything}[task](int(process), directory, *arguments)

@@ -1,4 +1,4 @@
-"""Real processes of one job on this machine: `launch` starts them, `Job` waits for them; a server of files that answers ranges and counts."""
+"""Real processes of one job on this machine, and a server of files that answers ranges."""
 
 import os
 import re
@@ -54,7 +54,7 @@ class Job:
 
 
 @contextmanager
-def serving(directory, ranges=True, faults={}):
+def serving(directory, ranges=True, faults=None):
     """A server of `directory`: its URL, and the list of what it has sent, (path, bytes). faults: {file name: bytes it seems to have}."""
     sent = []
 
@@ -63,7 +63,7 @@ def serving(directory, ranges=True, faults={}):
             path = Path(directory) / self.path.lstrip("/")
             if not path.is_file():
                 return self.send_error(404)
-            data = path.read_bytes()[: faults.get(path.name)]
+            data = path.read_bytes()[: (faults or {}).get(path.name)]
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if ranges else None
             if found:
                 start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
@@ -85,8 +85,13 @@ def serving(directory, ranges=True, faults={}):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *args: None  # a client that hangs up
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # with its 5 a burst of requests waits a second for the second attempt
+
+        def handle_error(self, *args):
+            pass  # a client that hangs up
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
