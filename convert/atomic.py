@@ -36,7 +36,7 @@ def replacing(directory: str | os.PathLike[str], *, drop: Callable[[str], bool] 
     temporary, lock = _claim(target)
     try:
         yield temporary
-        sync(temporary)
+        _sync(temporary)
         if target.exists():
             for entry in os.scandir(target):
                 if not os.path.lexists(temporary / entry.name) and not drop(entry.name):
@@ -140,7 +140,7 @@ def _sync_path(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def sync(directory: Path) -> None:
+def _sync(directory: Path) -> None:
     for parent, _, names in os.walk(directory):
         for path in [*(os.path.join(parent, name) for name in names), parent]:
             _sync_path(path)

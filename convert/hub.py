@@ -23,8 +23,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return isinstance(path, str) and _URL.fullmatch(path) is not None
 
 
-def inside(url: str, subfolder: str | None) -> str:
-    """The URL of a checkpoint in a folder of `url`."""
+def weights_at(path: str | os.PathLike[str], directory: Path, subfolder: str | None = None) -> str | Path:
+    """Where `read_checkpoint` finds the weights of what `resolve` gave `directory` for: there, or still at the URL."""
+    return _join(os.fspath(path), subfolder) if is_url(path) else directory
+
+
+def _join(url: str, subfolder: str | None) -> str:
     return "/".join([url.rstrip("/"), *filter(None, [(subfolder or "").strip("/")])])
 
 
@@ -57,7 +61,7 @@ def resolve(
     if is_url(path_or_id):
         from jaxmodels.convert.remote import fetch
 
-        return fetch(inside(os.fspath(path_or_id), subfolder), TEXT_FILES)
+        return fetch(_join(os.fspath(path_or_id), subfolder), TEXT_FILES)
     name, inner = os.fspath(path_or_id), (subfolder or "").strip("/")
     local = Path(name).expanduser()
     if local.is_dir():

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxmodels.convert.atomic import replacing, sync
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import PART, SHARDING_INFO, read_checkpoint, read_file, write_checkpoint, write_file
 from jaxmodels.convert.tensors import Cut, Index, Item, JaxTensor, Joined, Span, Tensor, Transposed, full_index, lengths
@@ -49,7 +49,6 @@ def replacing_together(
             if not temporary.is_dir():
                 raise CheckpointError(f"{temporary}: made by process 0 and not there for this one: a file system that all share is needed")
             yield temporary
-            sync(temporary)
 
 
 def write_parts(folder: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], written: Callable[[int], object]) -> None:

@@ -200,7 +200,7 @@ def from_pretrained(
     checkpoint, ValueError for a bad config or for processes that disagree, ProcessError where another process failed."""
     from jaxmodels.convert.dequantize import dequantized
     from jaxmodels.convert.files import read_checkpoint
-    from jaxmodels.convert.hub import inside, is_url
+    from jaxmodels.convert.hub import weights_at
     from jaxmodels.convert.load import load
     from jaxmodels.sharding.processes import agree, described, lockstep, spans
     from jaxmodels.sharding.rules import resolve_rules
@@ -220,7 +220,7 @@ def from_pretrained(
         directory, overrides = _resolve(path, options)
         config = read_config(directory, overrides)
         cls = task.class_for(config) if issubclass(task, _AutoClass) else task
-        where = inside(str(path), hub.get("subfolder")) if is_url(path) else directory
+        where = weights_at(path, directory, hub.get("subfolder"))
         source = dequantized(read_checkpoint(where, variant=hub.get("variant")), config)
         stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
         model = cls(

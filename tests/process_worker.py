@@ -1,5 +1,6 @@
 """One process of a job that test_processes.py launches: `process_worker.py TASK PROCESS COUNT PORT DIRECTORY …`. No test of its own."""
 
+import itertools
 import json
 import os
 import sys
@@ -139,8 +140,58 @@ def everything(process, directory, url):
     Path(directory, f"told{process}.json").write_text(json.dumps({"told": told, "asked": asked, "held": held}))
 
 
+def filled(spec):
+    numbers = np.random.default_rng(spec.size).standard_normal(spec.shape, np.float32)
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: numbers[index])
+
+
+def families(process, directory):
+    """Parameters that the file holds fused, stacked, transposed or interleaved, and scanned layers, saved together and by each alone."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    kv, experts = {"num_key_value_heads": 2}, {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shapes = {
+        "llama": small | kv,
+        "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "gpt_neox": small,
+        "falcon": {**small, "num_kv_heads": 2, "new_decoder_architecture": True},
+        "phi3": small | kv,
+        "mixtral": small | kv | experts,
+        "gpt_oss": small | kv | experts | {"head_dim": 8},
+    }
+    for name, values in shapes.items():
+        for sizes in ({"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"expert": 4, "data": 2}):
+            rules = jm.Rules.preset("expert", jm.make_mesh(**sizes))
+            config = jm.AutoConfig.for_model(name, **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **values})
+            model = jm.AutoModelForCausalLM.class_for(config)(config, rules=rules, scan_layers=name == "llama")
+            params = jax.tree.map(filled, jm.abstract_params(model))
+            target = f"{directory}/{name}-{'-'.join(map(str, sizes.values()))}"
+            jm.save_pretrained(f"{target}-together", model, params, max_shard_size=20_000)
+            jm.save_pretrained(f"{target}-parts", model, params, consolidate=False)
+            jm.save_pretrained(f"{target}-alone{process}", model, to_host(params), max_shard_size=20_000)
+
+
+def killed(process, directory, *_):
+    """Steps and saves until a signal ends it: the checkpoint's tensors and its config all hold the number of the step."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxmodels.convert.files import write_checkpoint
+    from jaxmodels.convert.tensors import as_tensor
+
+    mesh = jm.make_mesh(fsdp=-1)
+    halves = NamedSharding(mesh, PartitionSpec("fsdp"))
+    step = jax.jit(lambda xs: jax.tree.map(lambda x: x + 1 + 0 * x.sum(), xs), out_shardings=halves)
+    xs = {f"w{i}": jax.make_array_from_callback((256, 64), halves, lambda index: np.zeros((128, 64), np.float32)) for i in range(6)}
+    for number in itertools.count(1):
+        xs = step(xs)
+        print("saving", number)
+        tensors = {name: as_tensor(x) for name, x in xs.items()}
+        write_checkpoint(f"{directory}/kept", tensors, max_shard_size=150_000, files={"config.json": str(number)}, together=True)
+        print("saved", number)
+
+
 if __name__ == "__main__":
     task, process, count, port, directory, *arguments = sys.argv[1:]
-    timeouts = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
+    seconds = 3 if task == "killed" else 10
+    timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": seconds}
     jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
-    {"everything": everything}[task](int(process), directory, *arguments)
+    {"everything": everything, "families": families, "killed": killed}[task](int(process), directory, *arguments)

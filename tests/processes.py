@@ -16,6 +16,8 @@ WORKER = Path(__file__).with_name("process_worker.py")
 
 
 class Job:
+    """`count` processes that run a task of process_worker.py, or another script, on this machine."""
+
     def __init__(self, task, directory, count, devices, *arguments):
         with socket.socket() as sock:
             sock.bind(("localhost", 0))
@@ -23,10 +25,11 @@ class Job:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
         environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])
-        self.logs = [Path(directory) / f"{task}-{i}.log" for i in range(count)]
+        script, task = (task, []) if task.endswith(".py") else (WORKER, [task])
+        self.logs = [Path(directory) / f"{Path(script).stem}{''.join(task)}-{i}.log" for i in range(count)]
         self.processes = []
         for i, log in enumerate(self.logs):
-            command = [sys.executable, "-u", str(WORKER), task, str(i), str(count), str(port), str(directory), *map(str, arguments)]
+            command = [sys.executable, "-u", str(script), *task, str(i), str(count), str(port), str(directory), *map(str, arguments)]
             with log.open("wb") as file:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
 

@@ -2,8 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import process_worker
@@ -82,6 +88,9 @@ def test_several_processes_do_what_one_does(checkpoint, alone, tmp_path, count):
     assert not [path for path in job.iterdir() if "saving" in path.name]
 
     whole, parts = read_checkpoint(job / "whole"), read_checkpoint(job / "parts")
+    state = torch_state({key: (tensor.shape, "float32") for key, tensor in whole.items()}, job / "parts")
+    for key, tensor in whole.items():
+        np.testing.assert_array_equal(state[key].numpy(), tensor.read())
     assert "shard-00002-model-00001-of-" in "".join(os.listdir(job / "parts"))
     np.testing.assert_array_equal(whole["model.layers.1.self_attn.k_proj.weight"].read(), found["trained"])
     assert sorted(os.listdir(job / "numbered")) == [
@@ -98,3 +107,68 @@ def test_several_processes_do_what_one_does(checkpoint, alone, tmp_path, count):
     assert set(parts) == set(whole)
     torch_model = LlamaForCausalLM.from_pretrained(job / "parts")
     np.testing.assert_array_equal(torch_model.model.layers[1].self_attn.k_proj.weight.detach(), found["trained"])
+
+
+@pytest.mark.slow
+def test_every_way_that_a_file_differs_from_the_tree(tmp_path):
+    Job("families", tmp_path, 2, 4).finish()
+    together = sorted(tmp_path.glob("*-together"))
+    assert len(together) == 21
+    for directory in together:
+        stem = str(directory).removesuffix("-together")
+        alone = Path(f"{stem}-alone1")
+        assert {file.name for file in directory.iterdir()} == {file.name for file in alone.iterdir()}
+        for file in alone.iterdir():
+            assert (directory / file.name).read_bytes() == file.read_bytes(), file
+        whole, parts = read_checkpoint(alone), read_checkpoint(f"{stem}-parts")
+        assert set(parts) == set(whole)
+        assert all(parts[key].read().tobytes() == whole[key].read().tobytes() for key in whole)
+        from_torch = torch_state({key: (tensor.shape, tensor.dtype.name) for key, tensor in whole.items()}, f"{stem}-parts")
+        assert all(from_torch[key].numpy().tobytes() == whole[key].read().tobytes() for key in whole)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_ends_the_job_and_leaves_a_whole_checkpoint(tmp_path):
+    """Twenty SIGKILLs, four jobs at a time, each in its own directory, where the next job begins over what the last has left."""
+
+    def trial(place, turn):
+        rng = random.Random(100 * place + turn)
+        directory = tmp_path / str(place)
+        directory.mkdir(exist_ok=True)
+        job = Job("killed", directory, 2, 1)
+        victim, log = rng.randrange(2), job.logs[0]
+        until = time.monotonic() + 120
+        while "saved 2" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        job.kill(victim)
+        begun = time.monotonic()
+        codes = job.wait(60)
+        took = time.monotonic() - begun
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] not in (0, -signal.SIGKILL) and took < 30, (codes, took)
+        told = job.logs[1 - victim].read_text()
+        assert re.search("Gloo .* failed|another task died|ProcessError", told), told[-2000:]
+        lines = [line for line in job.logs[victim].read_text().splitlines() if line.startswith("sav")]
+        last = max(int(line.split()[1]) for log in job.logs for line in log.read_text().splitlines() if re.fullmatch(r"saved \d+", line))
+        found = read_checkpoint(directory / "kept")
+        values = {float(value) for tensor in found.values() for value in np.unique(tensor.read())}
+        values.add(float((directory / "kept/config.json").read_text()))
+        assert len(found) == 6 and len(values) == 1, values
+        assert values.pop() in (last, last + 1)
+        return lines[-1].startswith("saving")
+
+    with ThreadPoolExecutor(4) as pool:
+        inside = list(pool.map(lambda place: [trial(place, turn) for turn in range(5)], range(4)))
+    assert sum(map(sum, inside)) >= 3  # most of the time is spent in saves
+
+
+def torch_state(shapes, directory):
+    """What torch's reader of sharded checkpoints makes of a directory."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of one process without torch.distributed
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))
+    return state
