@@ -169,23 +169,23 @@ def read_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None)
     """The tensors of a checkpoint, lazily: `path` is a directory or one safetensors file, also at a URL that fsspec knows.
 
     A directory holds model.safetensors, or model.safetensors.index.json with its shards; `variant="fp16"` means model.fp16.safetensors; or
-    shard-….safetensors files with parts of tensors, as `sharded` describes.
+    shard-….safetensors files with parts of tensors (see `sharded`).
     Raises CheckpointError for a truncated file, a bad header or index, a missing shard, a key that is doubled or that its shard lacks, a
     directory without safetensors (pickles are never loaded)."""
-    path = place(path)
-    if path.is_file():
-        return read_file(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    single, index = path / _weights(variant), path / _index(variant)
+    where = place(path)
+    if where.is_file():
+        return read_annotated(where)[0]
+    if not where.is_dir():
+        raise CheckpointError(f"{where}: no such file or directory")
+    single, index = where / _weights(variant), where / _index(variant)
     if single.exists():
-        return read_file(single)
+        return read_annotated(single)[0]
     if index.exists():
         return _read_shards(index)
-    parts = [entry for entry in path.iterdir() if PART.fullmatch(entry.name)]
+    parts = [entry for entry in where.iterdir() if PART.fullmatch(entry.name)]
     if parts and variant is None:
-        return read_parts(path, sorted(parts, key=str))
-    raise CheckpointError(_why_not(path, variant))
+        return _read_parts(where, sorted(parts, key=str))
+    raise CheckpointError(_why_not(where, variant))
 
 
 def _read_shards(index: Place) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def _read_shards(index: Place) -> dict[str, Tensor]:
         missing = [name for name, exists in zip(names, pool.map(lambda file: file.exists(), files)) if not exists]
         if missing:
             raise CheckpointError(f"{index.parent}: missing shards {missing} of {len(names)}; fetch them again")
-        contents = list(pool.map(read_file, files))
+        contents = [tensors for tensors, _ in pool.map(read_annotated, files)]
     tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
     for name, content in zip(names, contents):
@@ -218,7 +218,7 @@ def _read_shards(index: Place) -> dict[str, Tensor]:
     return tensors
 
 
-def read_parts(directory: Place, files: Sequence[Place]) -> dict[str, Tensor]:
+def _read_parts(directory: Place, files: Sequence[Place]) -> dict[str, Tensor]:
     """The tensors whose parts lie in `files`, each of which says where its parts begin."""
     with ThreadPoolExecutor(_THREADS) as pool:
         contents = list(pool.map(read_annotated, files))
@@ -318,7 +318,9 @@ def write_checkpoint(
         agree("save", path=str(directory), consolidate=consolidate, files=dict(keys_of), **{"the tensors (hash)": digest(tensors)})
     numbers = {key: number for number, keys in enumerate(keys_of.values(), 1) for key in keys}
     process, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
-    bar = tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Saving", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
+    hidden = True if progress is None and process else quiet(progress)  # one bar for all processes
+    total = sum(tensor.nbytes for tensor in tensors.values()) // count
+    bar = tqdm(total=total, desc="Saving", unit="B", unit_scale=True, delay=2, disable=hidden)
     with bar, replacing_together(directory, drop=_stale(variant), together=together) as temporary:
         source = tensors
         if together or not consolidate:
@@ -347,8 +349,9 @@ def _split(
 
     pattern = _weights(variant).removesuffix(".safetensors") + "{suffix}.safetensors"
     if numbers is None:
-        sizes = {"get_storage_size": lambda tensor: tensor.nbytes, "max_shard_size": max_shard_size}
-        keys_of = split_state_dict_into_shards_factory(dict(tensors), filename_pattern=pattern, **sizes).filename_to_tensors
+        size = lambda tensor: tensor.nbytes
+        split = split_state_dict_into_shards_factory
+        keys_of = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size).filename_to_tensors
     else:
         strange = sorted(numbers.keys() ^ tensors.keys())
         found = sorted(set(numbers.values()))

@@ -79,6 +79,8 @@ def load(
     if set(tree) - set(expected):
         raise CheckpointError(f"rules that are no inverses of themselves: they made {sorted(set(tree) - set(expected))[:_SHOWN]}")
     spread = any(spec.sharding is not None and not spec.sharding.is_fully_addressable for spec in expected.values())
+    if progress is None and spread and jax.process_index():
+        progress = False  # one bar for all processes
     with lockstep(f"reading {where}", spread):
         arrays = _place(tree, expected, keep_dtypes, progress, any(tensor.remote for tensor in source.values()))
     report = LoadReport(tuple(initialized), dropped, ignored, tied, sum(array.nbytes for array in arrays.values()))

@@ -131,7 +131,7 @@ def _(tensor: JaxTensor) -> list[Region]:
 
 
 @lru_cache(maxsize=1024)
-def _shards(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> list[Region]:
+def _shards(sharding: Any, shape: tuple[int, ...]) -> list[Region]:
     found: dict[tuple[tuple[int, int], ...], tuple[Index, set[int]]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         index = full_index(index, shape)  # type: ignore[arg-type]

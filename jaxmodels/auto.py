@@ -206,7 +206,7 @@ def from_pretrained(
     from jaxmodels.sharding.rules import resolve_rules
 
     placing, hub = resolve_rules(rules, mesh), {name: options[name] for name in HUB_OPTIONS if name in options}
-    if spans(placing):
+    if placing is not None and spans(placing):
         fields = {name: value for name, value in options.items() if name not in hub}
         asked = {"task": task.__name__, "dtype": str(dtype), "compute_dtype": str(compute_dtype), "scan_layers": scan_layers}
         agree(

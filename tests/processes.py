@@ -1,5 +1,6 @@
 """Real processes of one job on this machine, and a server of files that answers ranges."""
 
+import math
 import os
 import re
 import signal
@@ -66,22 +67,24 @@ def serving(directory, ranges=True, faults=None):
             path = Path(directory) / self.path.lstrip("/")
             if not path.is_file():
                 return self.send_error(404)
-            data = path.read_bytes()[: (faults or {}).get(path.name)]
+            size = min(path.stat().st_size, (faults or {}).get(path.name, math.inf))
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if ranges else None
             if found:
-                start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
-                if start >= len(data):
+                start, stop = int(found[1]), min(int(found[2]) + 1, size)
+                if start >= size:
                     return self.send_error(416)
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-                data = data[start:stop]
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
             else:
+                start, stop = 0, size
                 self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(stop - start))
             self.end_headers()
             if self.command == "GET":
-                sent.append((path.name, len(data)))
-                self.wfile.write(data)
+                sent.append((path.name, stop - start))
+                with path.open("rb") as file:
+                    file.seek(start)
+                    self.wfile.write(file.read(stop - start))
 
         do_HEAD = do_GET
 
