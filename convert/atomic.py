@@ -1,7 +1,8 @@
 """A directory that is replaced in one step, or not at all.
 
-with replacing(directory) as temporary: ...          what was written to `temporary` becomes `directory`
-"""
+    with replacing(directory) as temporary: ...          what was written to `temporary` becomes `directory`
+
+A kill at any moment leaves the old one or the new one, and a directory beside it that the next call removes."""
 
 from __future__ import annotations
 

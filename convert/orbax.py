@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.sharded import replacing_together
+from jaxmodels.sharding.processes import spread
 
 
 def is_orbax(directory: str | os.PathLike[str]) -> bool:
@@ -35,7 +36,7 @@ def save_orbax(directory: str | os.PathLike[str], params: Mapping[str, Any], con
     if strange:
         raise CheckpointError(f"{directory}: expected jax or numpy arrays, found {strange[:10]}")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    together = any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in params.values())
+    together = spread(dict(params))
     with replacing_together(directory, together=together) as temporary:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / "params", unflatten_dict(dict(params), sep="."))

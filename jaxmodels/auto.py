@@ -271,13 +271,13 @@ def save_pretrained(
     fqn_to_index_mapping: {key in the file: number of its file, from 1}, in place of max_shard_size."""
     from jaxmodels.convert.files import write_checkpoint
     from jaxmodels.convert.load import unload
+    from jaxmodels.sharding.processes import spread
 
     rules, prefix = conversion_of(model)
     tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
     files = json_files(model, tensors, generation_config)
-    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "variant": variant, "progress": progress}
-    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": together}
+    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": spread(params)}
     write_checkpoint(path, tensors, files=files, **options)
 
 

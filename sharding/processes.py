@@ -35,6 +35,11 @@ def spans(rules: Rules | None) -> bool:
     return len({device.process_index for device in rules.mesh.devices.flat}) == jax.process_count()  # type: ignore[union-attr]
 
 
+def spread(tree: Any) -> bool:
+    """Whether arrays of `tree` lie on devices of other processes, too."""
+    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+
+
 def agree(call: str, **values: Any) -> None:
     """Compare `values` (what json or str makes of them) between all processes, each of which calls this.
 
