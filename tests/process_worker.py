@@ -14,6 +14,7 @@ import optax
 import jaxmodels as jm
 from jaxmodels.convert import files, orbax, remote, sharded
 from jaxmodels.sharding import global_batch, process_rows, to_host
+from jaxmodels.training.checkpoints import Checkpoints, describe, restore
 
 MESH = {"fsdp": 4, "tensor": 2}
 PROMPTS = np.random.default_rng(0).integers(3, 97, (4, 12)).astype(np.int32)
@@ -99,19 +100,14 @@ def read_by_range(url):
 
 
 def resumed(directory, model, state, step, optimizer):
-    """The loss of a fourth step, and of one after a save and a restore of the whole state."""
-    import orbax.checkpoint as ocp
-
-    flat = lambda state: dict(enumerate(jax.tree.leaves(state)))
-    named = lambda state: {str(name): leaf for name, leaf in flat(state).items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(directory) / "state", named(state))
+    """The loss of a fourth step, and of one after a save and a restore of the whole state by the Trainer's checkpoints."""
+    checkpoints, about = Checkpoints(f"{directory}/run"), describe(model, "adamw")
+    checkpoints.save(3, state, about, {"seen": 24})
+    checkpoints.close()
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-    structure = jax.tree.structure(state)
     _, metrics = step(state, batch(model, 3))
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(Path(directory) / "state", named(shapes))
-    state = jax.tree.unflatten(structure, [found[str(i)] for i in range(len(found))])
+    state, run = restore(checkpoints.path(3), shapes, about)
+    assert run == {"seen": 24}
     _, again = step(state, batch(model, 3))
     return to_host((metrics["loss"], again["loss"]))
 
