@@ -24,7 +24,6 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.convert.atomic import replacing as replacing
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import is_url
 from jaxmodels.convert.remote import RangeTensor, RemotePath
