@@ -1,4 +1,5 @@
-"""Peak host memory of loading and saving a checkpoint of SmolLM2-135M's shape (float32, 538 MB), each case in a fresh process.
+"""Peak host memory of loading and saving a checkpoint of SmolLM2-135M's shape (float32, 538 MB), each case in a fresh process; the
+cases "over HTTP" read it by ranges from a server here, which takes aiohttp.
 
     python benchmarks/load_memory.py
 
@@ -28,6 +29,8 @@ CASES = {  # name -> dtype, scanned, virtual devices
     "float32, scanned": ("float32", True, 1),
     "bfloat16": ("bfloat16", False, 1),
     "float32, fsdp over 8": ("float32", False, 8),
+    "float32, over HTTP": ("float32", False, 1),
+    "float32, fsdp over 8, over HTTP": ("float32", False, 8),
     "save float32": ("float32", False, 1),
 }
 
@@ -66,7 +69,7 @@ def sampled() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def measure(directory: Path, case: str) -> dict[str, Any]:
+def measure(directory: str, case: str) -> dict[str, Any]:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -75,8 +78,9 @@ def measure(directory: Path, case: str) -> dict[str, Any]:
 
     dtype, scanned, count = CASES[case]
     mesh = jax.make_mesh((count,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("x")) if count > 1 else None
-    expected = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, shape in shapes(scanned).items()}
+    along = lambda shape: PartitionSpec(None, "x") if "HTTP" in case and len(shape) > 1 else PartitionSpec("x")  # columns are the harder
+    sharding = lambda shape: NamedSharding(mesh, along(shape)) if count > 1 else None
+    expected = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(shape)) for name, shape in shapes(scanned).items()}
     jax.block_until_ready(jax.device_put(0))
     process = memory()
     saving = case.startswith("save")
@@ -87,7 +91,7 @@ def measure(directory: Path, case: str) -> dict[str, Any]:
     with sampled() as peak:
         begun = time.perf_counter()
         if saving:
-            write_checkpoint(directory.parent / "out", unload(arrays, base_prefix="model"))
+            write_checkpoint(Path(directory).parent / "out", unload(arrays, base_prefix="model"))
         else:
             arrays, _ = load(source, expected, base_prefix="model")
         seconds = time.perf_counter() - begun
@@ -99,7 +103,7 @@ def measure(directory: Path, case: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(options.directory, options.case)))
@@ -111,19 +115,22 @@ def main() -> int:
     from jaxmodels.convert.tensors import as_tensor
 
     rng, over = np.random.default_rng(0), False
-    with tempfile.TemporaryDirectory() as temporary:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from processes import serving
+
+    with tempfile.TemporaryDirectory() as temporary, serving(temporary) as (url, _):
         tensors = {name: as_tensor(rng.standard_normal(shape, np.float32)) for name, shape in shapes().items()}
         write_checkpoint(Path(temporary) / "in", tensors)
         columns = ("process", "resident", "peak RssAnon", "bound", "after", "file pages", "seconds")
-        print(f"{'MB':22}" + "".join(f"{column:>14}" for column in columns))
+        print(f"{'MB':32}" + "".join(f"{column:>14}" for column in columns))
         for case, (_, _, count) in CASES.items():
             flags = f"--xla_force_host_platform_device_count={count}"
-            command = [sys.executable, __file__, "--case", case, "--directory", f"{temporary}/in"]
+            command = [sys.executable, __file__, "--case", case, "--directory", f"{url if 'HTTP' in case else temporary}/in"]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
             found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
             values = [found[key] / 1e6 for key in ("process", "resident", "RssAnon", "bound", "after", "RssFile")]
             over |= found["RssAnon"] > found["bound"]
-            print(f"{case:22}" + "".join(f"{value:14.0f}" for value in values) + f"{found['seconds']:14.2f}")
+            print(f"{case:32}" + "".join(f"{value:14.0f}" for value in values) + f"{found['seconds']:14.2f}")
     return int(over)
 
 

@@ -15,10 +15,12 @@ _RULES = "Alias Detachable Ignore Op Rename Split Stack StackExperts Tie Transpo
 _PUBLIC = {
     "dequantize": ("BlockScales", "Mxfp4", "dequantization", "dequantized"),
     "errors": ("CheckpointError",),
-    "files": ("read_checkpoint", "read_file", "replacing", "write_checkpoint", "write_file"),
+    "atomic": ("replacing",),
+    "files": ("read_checkpoint", "read_file", "write_checkpoint", "write_file"),
     "hub": ("resolve",),
     "load": ("LoadReport", "unload"),
     "orbax": ("is_orbax", "orbax_specs", "restore_orbax", "save_orbax"),
+    "sharded": ("consolidate",),
     "rules": tuple(_RULES.split()),
     "tensors": ("Tensor", "as_tensor"),
 }

@@ -3,7 +3,6 @@
     read_checkpoint(path, variant=None) -> {key: Tensor}        model.safetensors, or model.safetensors.index.json and its shards
     write_checkpoint(path, {key: Tensor}, max_shard_size="50GB", variant=None, files={"config.json": text}, progress=None)
     read_file(path) -> {key: Tensor}      write_file(path, {key: Tensor})      one safetensors file
-    with replacing(directory) as temporary: ...                 what was written to `temporary` becomes `directory`, all or nothing
 
 The safetensors library checks a file; its bytes are then read through a memory map, since the library's numpy reader copies twice, holds
 the GIL for as long as a read takes and has no float8. Every error is a `CheckpointError` that names the file.
@@ -11,24 +10,24 @@ the GIL for as long as a read takes and has no float8. Every error is a `Checkpo
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
-import secrets
 import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.tensors import NumpyTensor, Tensor
+from jaxmodels.convert.hub import is_url
+from jaxmodels.convert.remote import RangeTensor, RemotePath
+from jaxmodels.convert.tensors import Assembled, NumpyTensor, Tensor
 
 # In the order in which a file holds them: widest type first, then by name.
 DTYPES: dict[str, np.dtype] = {
@@ -54,14 +53,26 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: (rank, name) for rank, (name, dtype) in enumerate(DTYPES.items())}
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_THREADS = 16
+# Parts of tensors, as torch.distributed.checkpoint's HuggingFaceStorageWriter names and describes them
+PART = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
+SHARDING_INFO = "DCP_SHARDING_INFO"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+Place: TypeAlias = Path | RemotePath
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _unique_keys(path: Path) -> Any:
+def place(path: str | os.PathLike[str] | RemotePath) -> Place:
+    """A local path, or one at a URL."""
+    if isinstance(path, RemotePath) or not is_url(path):
+        return path if isinstance(path, RemotePath) else Path(path)
+    remote = RemotePath(os.fspath(path))
+    return Path(remote.inner) if "file" in remote.fs.protocol else remote
+
+
+def _unique_keys(path: Place) -> Any:
     def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
@@ -72,7 +83,7 @@ def _unique_keys(path: Path) -> Any:
     return hook
 
 
-def _json(path: Path, data: bytes) -> dict[str, Any]:
+def _json(path: Place, data: bytes) -> dict[str, Any]:
     try:
         result = json.loads(data, object_pairs_hook=_unique_keys(path))
     except CheckpointError:
@@ -84,33 +95,40 @@ def _json(path: Path, data: bytes) -> dict[str, Any]:
     return result
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def _header(path: Place) -> tuple[dict[str, Any], int]:
     """The checked header of a safetensors file and the offset at which its data begin."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
+        with path.open() if isinstance(path, RemotePath) else open(path, "rb") as file:
+            found = file.seek(0, os.SEEK_END)
+            file.seek(0)
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")
-            found = os.fstat(file.fileno()).st_size
             if len(start) == 8 and length > _MAX_HEADER:
                 raise CheckpointError(f"{path}: not a safetensors file: its header would be {length:,} bytes long")
             if 8 + length > found or len(start) < 8:
                 raise CheckpointError(f"{path}: truncated: {found:,} bytes, expected at least {max(8, 8 + length):,}; fetch the file again")
-            header = _json(path, file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    header.pop("__metadata__", None)
-    offsets = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    header = _json(path, text)
+    offsets = [entry.get("data_offsets") for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)]
     ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int)]
     expected = 8 + length + max(ends, default=0)
     if found < expected:
         raise CheckpointError(f"{path}: truncated: {found:,} bytes, its header says {expected:,}; fetch the file again")
     try:
-        with safe_open(path, "numpy"):
-            pass
+        if isinstance(path, RemotePath):
+            with tempfile.NamedTemporaryFile() as copy:  # the header and a hole: as much as the library looks at
+                copy.write(start + text)
+                copy.truncate(found)
+                copy.flush()
+                safe_open(copy.name, "numpy")
+        else:
+            safe_open(path, "numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: bad safetensors header: {error}; fetch or write the file again") from None
     return header, 8 + length
@@ -118,18 +136,24 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of one safetensors file, lazily, in the file's order."""
-    path = Path(path)
+    return read_annotated(place(path))[0]
+
+
+def read_annotated(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_file`, and the file's metadata."""
     header, begin = _header(path)
-    data = np.memmap(path, np.uint8, "r")
+    metadata = header.pop("__metadata__", {})
+    data = None if isinstance(path, RemotePath) else np.memmap(path, np.uint8, "r")
     tensors: dict[str, Tensor] = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: {key}: dtype {entry['dtype']} is not supported, expected one of {', '.join(DTYPES)}")
-        start, stop = (begin + offset for offset in entry["data_offsets"])
-        # a plain ndarray over the map: the subclass would cost a Python call in every view
-        array = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[key] = NumpyTensor(array, str(path))
-    return tensors
+        dtype, (start, stop) = DTYPES[entry["dtype"]], (begin + offset for offset in entry["data_offsets"])
+        if data is None:
+            tensors[key] = RangeTensor(path, start, entry["shape"], dtype)  # type: ignore[arg-type]
+        else:  # a plain ndarray over the map: the subclass would cost a Python call in every view
+            tensors[key] = NumpyTensor(np.asarray(data[start:stop]).view(dtype).reshape(entry["shape"]), str(path))
+    return tensors, metadata
 
 
 def _weights(variant: str | None) -> str:
@@ -141,25 +165,29 @@ def _index(variant: str | None) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, lazily: `path` is a directory, or one safetensors file.
+    """The tensors of a checkpoint, lazily: `path` is a directory or one safetensors file, also at a URL that fsspec knows.
 
-    A directory holds model.safetensors, or model.safetensors.index.json with its shards; `variant="fp16"` means model.fp16.safetensors.
+    A directory holds model.safetensors, or model.safetensors.index.json with its shards; `variant="fp16"` means model.fp16.safetensors; or
+    shard-….safetensors files with parts of tensors (see `sharded`).
     Raises CheckpointError for a truncated file, a bad header or index, a missing shard, a key that is doubled or that its shard lacks, a
     directory without safetensors (pickles are never loaded)."""
-    path = Path(path)
-    if path.is_file():
-        return read_file(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    single, index = path / _weights(variant), path / _index(variant)
+    where = place(path)
+    if where.is_file():
+        return read_annotated(where)[0]
+    if not where.is_dir():
+        raise CheckpointError(f"{where}: no such file or directory")
+    single, index = where / _weights(variant), where / _index(variant)
     if single.exists():
-        return read_file(single)
+        return read_annotated(single)[0]
     if index.exists():
         return _read_shards(index)
-    raise CheckpointError(_why_not(path, variant))
+    parts = [entry for entry in where.iterdir() if PART.fullmatch(entry.name)]
+    if parts and variant is None:
+        return _read_parts(where, sorted(parts, key=str))
+    raise CheckpointError(_why_not(where, variant))
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Place) -> dict[str, Tensor]:
     try:
         table = _json(index, index.read_bytes()).get("weight_map")
     except OSError as error:
@@ -170,13 +198,16 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index}: names files outside its directory: {outside}")
-    missing = [name for name in names if not (index.parent / name).exists()]
-    if missing:
-        raise CheckpointError(f"{index.parent}: missing shards {missing} of {len(names)}; fetch them again")
+    files = [index.parent / name for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        missing = [name for name, exists in zip(names, pool.map(lambda file: file.exists(), files)) if not exists]
+        if missing:
+            raise CheckpointError(f"{index.parent}: missing shards {missing} of {len(names)}; fetch them again")
+        contents = [tensors for tensors, _ in pool.map(read_annotated, files)]
     tensors: dict[str, Tensor] = {}
     where: dict[str, str] = {}
-    for name in names:
-        for key, tensor in read_file(index.parent / name).items():
+    for name, content in zip(names, contents):
+        for key, tensor in content.items():
             if key in tensors:
                 raise CheckpointError(f"{index.parent}: doubled key {key!r}: in {where[key]} and in {name}")
             tensors[key], where[key] = tensor, name
@@ -186,7 +217,24 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _why_not(path: Path, variant: str | None) -> str:
+def _read_parts(directory: Place, files: Sequence[Place]) -> dict[str, Tensor]:
+    """The tensors whose parts lie in `files`, each of which says where its parts begin."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        contents = list(pool.map(read_annotated, files))
+    parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for file, (tensors, metadata) in zip(files, contents):
+        try:
+            starts = {key: tuple(value["saved_offsets"]) for key, value in json.loads(metadata[SHARDING_INFO]).items()}
+            found = {key: (starts[key], tensor) for key, tensor in tensors.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: its metadata do not say where the parts in it begin ({SHARDING_INFO}): {error!r}") from None
+        for key, (start, tensor) in found.items():
+            parts.setdefault(key, {})[start] = tensor
+    where = f"{len(files)} files of parts in {directory}"
+    return {key: Assembled(key, tensors, where) for key, tensors in parts.items()}
+
+
+def _why_not(path: Place, variant: str | None) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     expected = f"{path}: no {_weights(variant)} or {_index(variant)}"
     if not names:
@@ -207,13 +255,19 @@ def _why_not(path: Path, variant: str | None) -> str:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, written: Callable[[int], object] | None = None) -> None:
+def write_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] = {},
+    written: Callable[[int], object] | None = None,
+) -> None:
     """Write one safetensors file, byte for byte as the library does, holding one tensor at a time. `written(bytes)` is told of each."""
     unknown = [f"{key}: {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in _NAMES]
     if unknown:
         raise CheckpointError(f"{path}: no safetensors dtype for {unknown}, expected one of {', '.join(DTYPES)}")
     order = sorted(tensors, key=lambda key: (_NAMES[tensors[key].dtype][0], key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     end = 0
     for key in order:
         start, end = end, end + tensors[key].nbytes
@@ -236,164 +290,90 @@ def write_checkpoint(
     variant: str | None = None,
     files: Mapping[str, str | bytes] | None = None,
     progress: bool | None = None,
+    fqn_to_index_mapping: Mapping[str, int] | None = None,
+    consolidate: bool = True,
+    together: bool = False,
 ) -> None:
     """Write `tensors` (split in the order given) and `files` (name -> content) as the checkpoint `directory`, all or nothing.
 
     Until the last step the old directory is whole and in place, after it the new one. Other files of the old one (a tokenizer, a README)
     are kept, its weights of the same variant are not. `max_shard_size` is in bytes, or "5GB". `progress`: None shows a bar on a terminal
-    once the work takes over two seconds, True shows it anywhere, False never."""
-    from huggingface_hub import split_state_dict_into_shards_factory
+    once the work takes over two seconds, True shows it anywhere, False never.
+    fqn_to_index_mapping: {key: number of its file, from 1} in place of `max_shard_size`. together: all processes make this call, and each
+    writes what its devices hold, to a directory that they share. consolidate: False leaves these parts (see `sharded`) as they are."""
     from tqdm import tqdm
+
+    from jaxmodels.convert.sharded import digest, replacing_together, write_parts
+    from jaxmodels.sharding.processes import agree, lockstep
 
     if not tensors:
         raise CheckpointError(f"{directory}: no tensors to write")
-    base = _weights(variant)
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=base.removesuffix(".safetensors") + "{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    if is_url(directory):
+        raise CheckpointError(f"{directory}: a checkpoint is written to a local directory; copy it from there")
+    if variant and not consolidate:
+        raise CheckpointError(f"{directory}: files of parts have no variant, found variant={variant!r}")
+    keys_of, index = _split(directory, tensors, max_shard_size, variant, fqn_to_index_mapping)
+    if together:
+        agree("save", path=str(directory), consolidate=consolidate, files=dict(keys_of), **{"the tensors (hash)": digest(tensors)})
+    numbers = {key: number for number, keys in enumerate(keys_of.values(), 1) for key in keys}
+    process, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    hidden = True if progress is None and process else quiet(progress)  # one bar for all processes
+    total = sum(tensor.nbytes for tensor in tensors.values()) // count
+    bar = tqdm(total=total, desc="Saving", unit="B", unit_scale=True, delay=2, disable=hidden)
+    with bar, replacing_together(directory, drop=_stale(variant), together=together) as temporary:
+        source = tensors
+        if together or not consolidate:
+            folder = temporary / "sharded" if consolidate else temporary
+            folder.mkdir(exist_ok=True)
+            with lockstep(f"saving {directory}", together):
+                write_parts(folder, tensors, numbers, bar.update)
+            source = read_checkpoint(folder) if consolidate else {}
+        for name, keys in [*keys_of.items()][process::count] if consolidate else ():
+            write_file(temporary / name, {key: source[key] for key in keys}, written=None if together else bar.update)
+        if process == 0:
+            for name, content in {**(files or {}), **(index if consolidate else {})}.items():
+                (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        if together and consolidate:
+            with lockstep(f"saving {directory}"):  # all have read
+                source = {}
+            if process == 0:
+                shutil.rmtree(folder)
+
+
+def _split(
+    directory: Any, tensors: Mapping[str, Tensor], max_shard_size: int | str, variant: str | None, numbers: Mapping[str, int] | None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """{file name: keys}, and the index by its name where there are several files."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    pattern = _weights(variant).removesuffix(".safetensors") + "{suffix}.safetensors"
+    if numbers is None:
+        size = lambda tensor: tensor.nbytes
+        split = split_state_dict_into_shards_factory
+        keys_of = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size).filename_to_tensors
+    else:
+        strange = sorted(numbers.keys() ^ tensors.keys())
+        found = sorted(set(numbers.values()))
+        if strange or found != list(range(1, len(found) + 1)):
+            wrong = f"in one of the two only: {strange[:8]}" if strange else f"its numbers are {found[:8]}"
+            raise CheckpointError(f"{directory}: fqn_to_index_mapping must number the files of all tensors from 1 on; {wrong}")
+        suffix = "-{:05}-of-{:05}" if len(found) > 1 else ""
+        names = {number: pattern.format(suffix=suffix.format(number, len(found))) for number in found}
+        keys_of = {names[number]: [key for key in tensors if numbers[key] == number] for number in found}
+    if len(keys_of) == 1:
+        return keys_of, {}
+    metadata = {"total_parameters": sum(t.size for t in tensors.values()), "total_size": sum(t.nbytes for t in tensors.values())}
+    index = {"metadata": metadata, "weight_map": {key: name for name, keys in keys_of.items() for key in keys}}
+    return keys_of, {_index(variant): json.dumps(index, indent=2, sort_keys=True) + "\n"}
+
+
+def _stale(variant: str | None) -> Callable[[str], bool]:
+    """Which files of a directory new weights take the place of."""
     stem, tail = ("model" + (f".{variant}" if variant else "")), (f".{variant}" if variant else "")
-    stale = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model-\d{{5}}-of-\d{{5}}{re.escape(tail)}\.safetensors")
-    bar = tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Saving", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
-    with bar, replacing(directory, drop=lambda name: name == _index(variant) or stale.fullmatch(name) is not None) as temporary:
-        for name, keys in split.filename_to_tensors.items():
-            write_file(temporary / name, {key: tensors[key] for key in keys}, written=bar.update)
-        if split.is_sharded:
-            metadata = {"total_parameters": sum(t.size for t in tensors.values()), **split.metadata}
-            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-            (temporary / _index(variant)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name, content in (files or {}).items():
-            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    pattern = rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model-\d{{5}}-of-\d{{5}}{re.escape(tail)}\.safetensors"
+    return lambda name: bool(name == _index(variant) or re.fullmatch(pattern, name) or (variant is None and PART.fullmatch(name)))
 
 
 def quiet(progress: bool | None) -> bool | None:
     """tqdm's `disable` for our `progress`: None leaves it to whether there is a terminal."""
     return None if progress is None else not progress
-
-
-@contextmanager
-def replacing(directory: str | os.PathLike[str], *, drop: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Yields a new directory beside `directory`; on a normal exit it takes its place in one step, on an error nothing has changed.
-
-    Entries of the old directory that the new one lacks are carried over (hard links where possible), unless `drop(name)`. Whatever a killed
-    process has left behind is removed by the next call for the same directory."""
-    target = Path(directory).resolve()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file, expected a directory or nothing")
-    if Path.cwd().is_relative_to(target):
-        raise CheckpointError(f"{target}: is the working directory, and would be replaced as a whole: save to another one, or from outside")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    temporary, lock = _claim(target)
-    try:
-        yield temporary
-        _sync(temporary)
-        if target.exists():
-            for entry in os.scandir(target):
-                if not os.path.lexists(temporary / entry.name) and not drop(entry.name):
-                    _carry(Path(entry.path), temporary / entry.name)
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        _sync_path(temporary)
-        _swap(temporary, target)
-        _sync_path(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the swap: what was there before
-        os.close(lock)
-
-
-def _carry(old: Path, new: Path) -> None:
-    def link(source: str, destination: str) -> None:
-        try:
-            os.link(source, destination, follow_symlinks=False)
-        except OSError:
-            shutil.copy2(source, destination, follow_symlinks=False)
-
-    if old.is_dir() and not old.is_symlink():
-        shutil.copytree(old, new, symlinks=True, copy_function=link)
-    else:
-        link(str(old), str(new))
-
-
-def _claim(target: Path) -> tuple[Path, int]:
-    """A new temporary directory and its lock, which lasts as long as this process: a directory whose lock is free is abandoned."""
-    while True:
-        temporary = target.with_name(f".{target.name}.saving-{secrets.token_hex(6)}")
-        temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY)
-        _lock(lock)
-        with suppress(FileNotFoundError):  # another process may have swept it between the two steps
-            if os.path.samestat(temporary.stat(), os.fstat(lock)):
-                return temporary, lock
-        os.close(lock)
-
-
-def _lock(descriptor: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _sweep(target: Path) -> None:
-    for entry in list(os.scandir(target.parent)):
-        if entry.name.startswith(f".{target.name}.saving-"):
-            with suppress(OSError):
-                descriptor = os.open(entry.path, os.O_RDONLY)
-                if _lock(descriptor):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                os.close(descriptor)
-        elif entry.name.startswith(f".{target.name}.old-"):  # only `_swap` without an atomic exchange leaves these
-            if target.exists():
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.rename(entry.path, target)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    try:
-        os.rename(temporary, target)  # nothing there, or an empty directory
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    if not _exchange(temporary, target):
-        aside = target.with_name(temporary.name.replace(".saving-", ".old-"))
-        os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_path(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    for parent, _, names in os.walk(directory):
-        for path in [*(os.path.join(parent, name) for name in names), parent]:
-            _sync_path(path)

@@ -1,4 +1,4 @@
-"""A local directory for a path or a hub id: `resolve("org/name", revision=…)`. Hub files come through huggingface_hub and its cache."""
+"""A local directory for a path, a URL or a hub id: `resolve("org/name", revision=…)`. Hub files come through huggingface_hub's cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,25 @@ from jaxmodels.convert.errors import CheckpointError
 TEXT_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("*.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.model"),  # some by name: not every server lists a directory
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::).*", re.DOTALL)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is for fsspec: s3://bucket/model, https://host/model, memory://model."""
+    return isinstance(path, str) and _URL.fullmatch(path) is not None
+
+
+def weights_at(path: str | os.PathLike[str], directory: Path, subfolder: str | None = None) -> str | Path:
+    """Where `read_checkpoint` finds the weights of what `resolve` gave `directory` for: there, or still at the URL."""
+    return _join(os.fspath(path), subfolder) if is_url(path) else directory
+
+
+def _join(url: str, subfolder: str | None) -> str:
+    return "/".join([url.rstrip("/"), *filter(None, [(subfolder or "").strip("/")])])
 
 
 def _patterns(subfolder: str, variant: str | None, weights: bool) -> list[str]:
@@ -34,12 +50,18 @@ def resolve(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The directory of a checkpoint: a local one as it is, a hub id's from the cache after fetching what is missing.
+    """The directory of a checkpoint: a local one as it is, a hub id's from the cache after fetching what is missing. Of a URL only the
+    configs, tokenizer and chat template files are fetched, into a directory that lasts as long as the process: weights are read from where
+    they are.
 
-    Fetched are configs, tokenizer and chat template files and, with `weights`, the safetensors of `variant`; never pickles or code.
+    Fetched from the hub are the same files and, with `weights`, the safetensors of `variant`; never pickles or code.
     HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT hold as everywhere. A name that exists as a directory is that directory.
 
     Raises CheckpointError that says how to get what is missing."""
+    if is_url(path_or_id):
+        from jaxmodels.convert.remote import fetch
+
+        return fetch(_join(os.fspath(path_or_id), subfolder), TEXT_FILES)
     name, inner = os.fspath(path_or_id), (subfolder or "").strip("/")
     local = Path(name).expanduser()
     if local.is_dir():

@@ -29,7 +29,8 @@ import numpy as np
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import quiet
 from jaxmodels.convert.rules import Alias, Detachable, Ignore, Op, Tensors, Tie, forward, inverse, match, members, stacks
-from jaxmodels.convert.tensors import Tensor, as_tensor, full_index, lengths
+from jaxmodels.convert.tensors import Index, NumpyTensor, Tensor, as_tensor, full_index, lengths
+from jaxmodels.sharding.processes import lockstep
 
 _THREADS = 8  # enough to keep a disk busy; memory is bounded by _Budget
 _SHOWN = 8
@@ -77,7 +78,11 @@ def load(
     initialized = [name for name in expected if name not in tree]
     if set(tree) - set(expected):
         raise CheckpointError(f"rules that are no inverses of themselves: they made {sorted(set(tree) - set(expected))[:_SHOWN]}")
-    arrays = _place(tree, expected, keep_dtypes, progress)
+    spread = any(spec.sharding is not None and not spec.sharding.is_fully_addressable for spec in expected.values())
+    if progress is None and spread and jax.process_index():
+        progress = False  # one bar for all processes
+    with lockstep(f"reading {where}", spread):
+        arrays = _place(tree, expected, keep_dtypes, progress, any(tensor.remote for tensor in source.values()))
     report = LoadReport(tuple(initialized), dropped, ignored, tied, sum(array.nbytes for array in arrays.values()))
     if initialized:
         assert init is not None  # else _check has refused
@@ -220,19 +225,25 @@ class _Budget:
                 self.changed.notify_all()
 
 
-def _place(tree: Tensors, expected: Mapping[str, jax.ShapeDtypeStruct], keep_dtypes: bool, progress: bool | None) -> dict[str, jax.Array]:
+def _place(
+    tree: Tensors, expected: Mapping[str, jax.ShapeDtypeStruct], keep_dtypes: bool, progress: bool | None, remote: bool
+) -> dict[str, jax.Array]:
     from tqdm import tqdm
 
     def dtype(name: str) -> np.dtype:
         stored = tree[name].dtype
         return stored if keep_dtypes and jnp.issubdtype(stored, jnp.floating) else np.dtype(expected[name].dtype)
 
-    sizes = {name: tensor.size * dtype(name).itemsize for name, tensor in tree.items()}
+    def size(name: str) -> int:
+        """Bytes that this process reads of it."""
+        return sum(math.prod(lengths(index)) for index in _indices(tree[name].shape, expected[name].sharding)) * dtype(name).itemsize
+
+    sizes = {name: size(name) for name in tree}
     budget, device = _Budget(max(sizes.values(), default=0)), jax.config.jax_default_device  # type: ignore[attr-defined]
 
     def one(name: str) -> jax.Array:
         with budget.take(sizes[name]), jax.default_device(device):  # a default device set by a context is this thread's alone
-            return _array(tree[name], dtype(name), expected[name].sharding)
+            return _array(tree[name], dtype(name), expected[name].sharding, remote)
 
     bar = tqdm(total=sum(sizes.values()), desc="Loading", unit="B", unit_scale=True, delay=2, disable=quiet(progress))
     with bar, ThreadPoolExecutor(_THREADS) as pool:
@@ -248,20 +259,33 @@ def _place(tree: Tensors, expected: Mapping[str, jax.ShapeDtypeStruct], keep_dty
     return arrays
 
 
-def _array(tensor: Tensor, dtype: np.dtype, sharding: Any) -> jax.Array:
+def _indices(shape: tuple[int, ...], sharding: Any) -> list[Index]:
+    """The slices that this process' devices hold, each once."""
+    if sharding is None:
+        return [full_index((), shape)]
+    found = (full_index(index, shape) for index in sharding.addressable_devices_indices_map(shape).values())
+    return list({tuple((s.start, s.stop) for s in index): index for index in found}.values())
+
+
+def _array(tensor: Tensor, dtype: np.dtype, sharding: Any, remote: bool) -> jax.Array:
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    indices = _indices(tensor.shape, sharding)
+    box = tuple(slice(min(s.start for s in along), max(s.stop for s in along)) for along in zip(*indices))
+    base, start = tensor, (0,) * len(tensor.shape)
+    if remote and len(indices) > 1 and sum(math.prod(lengths(index)) for index in indices) == math.prod(lengths(box)):
+        base, start = NumpyTensor(tensor.read(box)), tuple(s.start for s in box)  # neighbours at once: requests cost more than memory
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         index = full_index(index or (), tensor.shape)
         key = tuple((s.start, s.stop) for s in index)
         if key not in parts:  # replicas of a shard are read once
             parts[key] = _aligned(lengths(index), dtype)
-            tensor.read_into(parts[key], index)
+            base.read_into(parts[key], [slice(s.start - a, s.stop - a) for s, a in zip(index, start)])
         return parts[key]
 
     if sharding is None:
         return jax.device_put(read(())).block_until_ready()
-    return jax.make_array_from_callback(tensor.shape, sharding, read).block_until_ready()
+    return jax.make_array_from_callback(tensor.shape, sharding, read, dtype).block_until_ready()
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -4,7 +4,7 @@
     specs = orbax_specs(directory)                            # {tree path: ShapeDtypeStruct}: the names tell whether it is scanned
     params, config = restore_orbax(directory, expected)       # into the shardings and dtypes of `expected`
 
-Like safetensors directories these are replaced as a whole or not at all. For one process: training over several saves its own state."""
+Like safetensors directories these are replaced as a whole or not at all. Arrays over several processes are saved by all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.files import replacing
+from jaxmodels.convert.sharded import replacing_together
+from jaxmodels.sharding.processes import spread
 
 
 def is_orbax(directory: str | os.PathLike[str]) -> bool:
@@ -35,10 +36,12 @@ def save_orbax(directory: str | os.PathLike[str], params: Mapping[str, Any], con
     if strange:
         raise CheckpointError(f"{directory}: expected jax or numpy arrays, found {strange[:10]}")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with replacing(directory) as temporary:
+    together = spread(dict(params))
+    with replacing_together(directory, together=together) as temporary:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / "params", unflatten_dict(dict(params), sep="."))
-        (temporary / "config.json").write_text(text, encoding="utf-8")
+        if not together or jax.process_index() == 0:
+            (temporary / "config.json").write_text(text, encoding="utf-8")
 
 
 def orbax_specs(directory: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:

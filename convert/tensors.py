@@ -12,12 +12,14 @@ of: each one turns a slice of itself into slices of what it is made of, so a rul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+
+from jaxmodels.convert.errors import CheckpointError
 
 Index: TypeAlias = tuple[slice, ...]
 _PAGE = 4096  # a run shorter than this costs as much to skip as to read
@@ -35,12 +37,20 @@ def lengths(index: Index) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in index)
 
 
+def overlap(a: Index, b: Index) -> Index | None:
+    """What two slices of one tensor have in common, None for nothing."""
+    both = tuple(slice(max(s.start, t.start), min(s.stop, t.stop)) for s, t in zip(a, b))
+    return None if any(s.start >= s.stop for s in both) else both
+
+
 def _along(items: Sequence[Any], axis: int, item: Any) -> tuple[Any, ...]:
     return (*items[:axis], item, *items[axis + 1 :])
 
 
 class Tensor:
     """Base class: a subclass adds `_fill(out, index)`, which writes the slice `index` (one slice per axis, step 1, not empty) to `out`."""
+
+    remote = False  # whether every slice takes requests to another machine
 
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self.shape = tuple(shape)
@@ -109,8 +119,8 @@ class JaxTensor(Tensor):
         for shard in self.array.addressable_shards:
             region = full_index(shard.index, self.shape)
             key = tuple((s.start, s.stop) for s in region)
-            both = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(region, index))
-            if key in done or any(s.start >= s.stop for s in both):
+            both = overlap(region, index)
+            if key in done or both is None:
                 continue
             done.add(key)
             here: Any = (*(slice(s.start - i.start, s.stop - i.start) for s, i in zip(both, index)), ...)
@@ -274,3 +284,40 @@ class Item(Tensor):
 
     def _fill(self, out: np.ndarray, index: Index) -> None:
         self.base.read_into(out[None], (slice(self.number, self.number + 1), *index))
+
+
+class Cut(Tensor):
+    """The slice `index` of `base`."""
+
+    def __init__(self, base: Tensor, index: Sequence[slice]) -> None:
+        self.base, self.index = base, full_index(index, base.shape)
+        super().__init__(lengths(self.index), base.dtype)
+
+    def _fill(self, out: np.ndarray, index: Index) -> None:
+        self.base.read_into(out, [slice(s.start + o.start, s.stop + o.start) for s, o in zip(index, self.index)])
+
+
+class Assembled(Tensor):
+    """A tensor of `parts`, each under the index of its first element; `path` says where from. CheckpointError where they do not fill it."""
+
+    def __init__(self, key: str, parts: Mapping[tuple[int, ...], Tensor], path: str) -> None:
+        self.parts, self.path = [(_region(start, part), part) for start, part in parts.items()], path
+        regions, (first, *others) = [region for region, _ in self.parts], parts.values()
+        self.remote = first.remote
+        super().__init__([max(region[axis].stop for region in regions) for axis in range(len(first.shape))], first.dtype)
+        if any((len(part.shape), part.dtype) != (len(first.shape), first.dtype) for part in others):
+            raise CheckpointError(f"{key}: parts of different dtypes or ranks {list(parts.values())} in {path}")
+        if sum(part.size for part in parts.values()) != self.size:
+            found = sorted([[s.start, s.stop] for s in region] for region in regions)[:8]
+            raise CheckpointError(f"{key}: the parts {found} are no whole tensor {list(self.shape)}: is a file missing? Found {path}")
+
+    def _fill(self, out: np.ndarray, index: Index) -> None:
+        for region, part in self.parts:
+            both = overlap(region, index)
+            if both is not None:
+                here: Any = (*(slice(s.start - i.start, s.stop - i.start) for s, i in zip(both, index)), ...)
+                part.read_into(out[here], [slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region)])
+
+
+def _region(start: Sequence[int], part: Tensor) -> Index:
+    return tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))

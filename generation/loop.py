@@ -8,6 +8,7 @@ V vocabulary."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
@@ -41,6 +42,7 @@ from jaxmodels.generation.strategies import build_strategy, check, contrastive
 from jaxmodels.generation.universal import Reencoder
 from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
+from jaxmodels.sharding.processes import agree, from_first, spans, telling, to_host
 
 DEFAULT_NEW_TOKENS = 20
 SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
@@ -168,6 +170,8 @@ def generate(
     Of an encoder-decoder model input_ids and attention_mask are the encoder's, read once; the sequences are the decoder's. They begin with
     decoder_start_token_id, perhaps followed by decoder_input_ids [B,T]. With a cache, which holds what the encoder read, input_ids is None.
 
+    Over a mesh with devices of several processes, each makes the same call with the whole batch, and gets the whole result.
+
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
     Raises ValueError for bad options or input, TypeError for an unknown option, before anything is compiled."""
@@ -187,10 +191,16 @@ def generate(
         if cache is None:
             source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
         input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
-    ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
+    given = jax.tree.leaves((params, input_ids, attention_mask))
+    together = spans(model.rules) and not any(isinstance(x, jax.core.Tracer) for x in given)
+    with telling("generate", together):
+        ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
     traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
     T = ids.shape[1]
     limit = _new_tokens(config, T, model.config)
+    if together:
+        rows = hashlib.sha256(str(ids.shape).encode() + ids.tobytes() + real.tobytes()).hexdigest()
+        agree("generate", **{"input_ids and attention_mask (hash)": rows}, streamer=streamer is not None, **config.to_dict())
     deadline = None if config.max_time is None else time.perf_counter() + config.max_time
     if traced and deadline is not None:
         raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
@@ -321,12 +331,14 @@ def _chunks(
     sent, chunk, began = 0, 1, time.perf_counter()
     try:
         while True:
-            result, new, done = jax.device_get((report.result, report.steps, report.done))
+            result, new, done = to_host((report.result, report.steps, report.done))
             now = time.perf_counter()
             left = math.inf if deadline is None else deadline - now
             took, going = now - began, not done and new < limit and left > 0
+            chunk = chunk * 2 if took < SMOOTH and 2 * took < left else max(chunk // 2, 1)
+            if not report.done.is_fully_addressable:  # several processes: one clock decides
+                going, chunk = map(int, from_first("generate", f"{int(going)} {chunk}").split())
             if going:
-                chunk = chunk * 2 if took < SMOOTH and 2 * took < left else max(chunk // 2, 1)
                 began = now
                 if reencode is not None:
                     chunk, state = 1, reencode(state, result, limit)
@@ -373,7 +385,7 @@ def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> Gen
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
         xp = np  # slices of another length would each compile a program
-        result, steps, records = jax.device_get((report.result, report.steps, (state.scores, state.logits)))
+        result, steps, records = to_host((report.result, report.steps, (state.scores, state.logits)))
         n, steps = result.new, max(steps, result.new)
     columns = result.first + np.arange(n)
     tokens = xp.where(np.arange(n) < result.new, result.tokens.take(columns, 1), pad)
@@ -390,14 +402,14 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
     """ids [B,T] int32 and real [B,T] bool, numpy arrays unless they are traced; ValueError for what cannot be continued."""
     traced = isinstance(input_ids, jax.core.Tracer) or isinstance(attention_mask, jax.core.Tracer)
     xp: Any = jnp if traced else np
-    ids = xp.asarray(input_ids)
+    ids = xp.asarray(input_ids if traced else to_host(input_ids))
     if ids.size == 0:
         ids = ids.astype(np.int32)
     if ids.ndim != 2:
         raise ValueError(f"input_ids must be integers [B,T]; found shape {ids.shape}")
     B, T = ids.shape
     if attention_mask is not None:
-        real = xp.asarray(attention_mask) != 0
+        real = xp.asarray(attention_mask if traced else to_host(attention_mask)) != 0
         if real.ndim == 2 and cache is not None:
             real = real[:, -T:] if T else real[:, :0]  # HF's loops pass the whole conversation's mask
         if real.shape != (B, T):
@@ -410,7 +422,7 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
     if cache is not None and cache.positions.shape[0] != B:
         raise ValueError(f"the cache holds {cache.positions.shape[0]} rows and input_ids {B}; repeat rows of a cache with cache.take(rows)")
     if not traced and not (cache is not None and isinstance(cache.positions, jax.core.Tracer)):
-        ready = real.any(1) | (np.asarray(_columns(cache.unread)).any(1) if isinstance(cache, TurnCache) else False)
+        ready = real.any(1) | (to_host(_columns(cache.unread)).any(1) if isinstance(cache, TurnCache) else False)
         if not ready.all():
             raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
     return ids.astype(np.int32), real

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.sharding.processes import to_host
+
 
 def read_states(
     model: Any, params: Any, sequences: Any, real: Any, new: int, size: int, hidden_states: bool, attentions: bool, source: Any
@@ -35,7 +37,7 @@ def read_states(
     T, first = width - new + 1, size - width
     spans = [(0, T), *((T + n, T + n + 1) for n in range(new - 1))]
     kept: dict[str, Any] = {}
-    for name, layers in (out if xp is jnp else jax.device_get(out)).items():
+    for name, layers in (out if xp is jnp else to_host(out)).items():
         if name.startswith("encoder"):
             S, own = source[2], [x[::copies] for x in layers]
             kept[name] = tuple(x[:, -S:] if x.ndim == 3 else x[:, :, -S:, -S:] for x in own)

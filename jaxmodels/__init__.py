@@ -57,7 +57,7 @@ _PUBLIC = {
     "ops.precision": ("parity_mode",),
     "params": ("abstract_params", "count_params", "flatten", "init_params", "param_axes", "unflatten"),
     "processing": ("AutoTokenizer",),
-    "sharding": ("Rules", "explain", "make_mesh"),
+    "sharding": ("ProcessError", "Rules", "explain", "global_batch", "make_mesh", "process_rows"),
     "training": (
         "EarlyStoppingCallback",
         "Seq2SeqTrainer",

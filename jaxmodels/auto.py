@@ -189,45 +189,62 @@ def from_pretrained(
 ) -> tuple[Model, Tree]:
     """Load a HF checkpoint: (model, params).
 
-    path: a directory, or a hub id with the hub's options (revision, token, cache_dir, subfolder, variant, local_files_only).
+    path: a directory, a URL that fsspec knows (s3://, https://, …), of which only the byte ranges are read that this process' devices
+    hold, or a hub id with the hub's options (revision, token, cache_dir, subfolder, variant, local_files_only).
     task: an auto class, or a family's class. dtype: of the parameters and the computation; "auto" keeps every tensor as stored
     and computes in the dtype that holds most of the bytes. compute_dtype overrides the second. mesh, rules: place every
     parameter as it is read (a Rules value or a preset's name, `fsdp+tensor` by default). key: for a head that the checkpoint
     lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
 
-    Raises CheckpointError (a ValueError) for a bad checkpoint, ValueError for a bad config."""
+    Over a mesh with devices of several processes every process makes the same call. Raises CheckpointError (a ValueError) for a bad
+    checkpoint, ValueError for a bad config or for processes that disagree, ProcessError where another process failed."""
     from jaxmodels.convert.dequantize import dequantized
     from jaxmodels.convert.files import read_checkpoint
+    from jaxmodels.convert.hub import weights_at
     from jaxmodels.convert.load import load
-    from jaxmodels.sharding import resolve_rules
+    from jaxmodels.sharding.processes import agree, described, lockstep, spans
+    from jaxmodels.sharding.rules import resolve_rules
 
-    variant = options.get("variant")
-    directory, overrides = _resolve(path, options)
-    config = read_config(directory, overrides)
-    cls = task.class_for(config) if issubclass(task, _AutoClass) else task
-    source = dequantized(read_checkpoint(directory, variant=variant), config)
-    stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
-    config = config.matched(source)
-    model = cls(
-        config,
-        dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
-        scan_layers=scan_layers,
-        remat=remat,
-        attn_implementation=attn_implementation,
-        rules=resolve_rules(rules, mesh),
-    )
-    conversion, prefix = conversion_of(model)
-    key = jax.random.key(0) if key is None else key
-    params, _ = load(
-        source,
-        flatten(abstract_params(model, stored)),
-        rules=conversion,
-        base_prefix=prefix,
-        init=lambda names: init_params(model, key, stored, only=names),
-        keep_dtypes=dtype == "auto",
-        progress=progress,
-        where=str(directory),
-    )
+    placing, hub = resolve_rules(rules, mesh), {name: options[name] for name in HUB_OPTIONS if name in options}
+    if placing is not None and spans(placing):
+        fields = {name: value for name, value in options.items() if name not in hub}
+        asked = {"task": task.__name__, "dtype": str(dtype), "compute_dtype": str(compute_dtype), "scan_layers": scan_layers}
+        agree(
+            "from_pretrained",
+            path=str(path),
+            **asked,
+            options={k: v for k, v in hub.items() if k != "token"} | fields,
+            **described(placing),
+        )
+    with lockstep(f"from_pretrained({str(path)!r})", spans(placing)):
+        directory, overrides = _resolve(path, options)
+        config = read_config(directory, overrides)
+        cls = task.class_for(config) if issubclass(task, _AutoClass) else task
+        where = weights_at(path, directory, hub.get("subfolder"))
+        source = dequantized(read_checkpoint(where, variant=hub.get("variant")), config)
+        stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
+        model = cls(
+            config.matched(source),
+            dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
+            scan_layers=scan_layers,
+            remat=remat,
+            attn_implementation=attn_implementation,
+            rules=placing,
+        )
+        if spans(placing):
+            agree("from_pretrained", **{f"config.json, {name}": value for name, value in model.config.to_dict().items()})
+        conversion, prefix = conversion_of(model)
+        key = jax.random.key(0) if key is None else key
+        params, _ = load(
+            source,
+            flatten(abstract_params(model, stored)),
+            rules=conversion,
+            base_prefix=prefix,
+            init=lambda names: init_params(model, key, stored, only=names),
+            keep_dtypes=dtype == "auto",
+            progress=progress,
+            where=str(where),
+        )
     return model, unflatten(params)
 
 
@@ -240,18 +257,28 @@ def save_pretrained(
     variant: str | None = None,
     generation_config: Any = None,
     progress: bool | None = None,
+    fqn_to_index_mapping: Mapping[str, int] | None = None,
+    consolidate: bool = True,
 ) -> None:
     """Write what torch's save_pretrained writes: config.json, generation_config.json, safetensors (in shards above `max_shard_size`).
 
     The directory appears, or is replaced, in one step; other files in it (a tokenizer) are kept. Tensors that were loaded and
-    not changed are the same bytes. generation_config: a GenerationConfig in place of the one that the model was loaded with."""
+    not changed are the same bytes. generation_config: a GenerationConfig in place of the one that the model was loaded with.
+
+    Parameters that lie on devices of several processes are saved by all of them, to a directory that they share: each writes the parts
+    that it holds, and these are then made the same files as one process writes; consolidate=False leaves them as they are, for
+    `jaxmodels.convert.consolidate`, from_pretrained or torch.distributed.checkpoint's HuggingFaceStorageReader.
+    fqn_to_index_mapping: {key in the file: number of its file, from 1}, in place of max_shard_size."""
     from jaxmodels.convert.files import write_checkpoint
     from jaxmodels.convert.load import unload
+    from jaxmodels.sharding.processes import spread
 
     rules, prefix = conversion_of(model)
     tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
     files = json_files(model, tensors, generation_config)
-    write_checkpoint(path, tensors, max_shard_size=max_shard_size, variant=variant, files=files, progress=progress)
+    options: dict[str, Any] = {"max_shard_size": max_shard_size, "variant": variant, "progress": progress}
+    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": spread(params)}
+    write_checkpoint(path, tensors, files=files, **options)
 
 
 def json_files(model: Model, tensors: Mapping[str, Any], generation_config: Any = None) -> dict[str, str]:

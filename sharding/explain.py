@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxmodels.params import abstract_params, flatten, param_axes
 from jaxmodels.sharding.rules import Rules, resolve_rules
 
 
 def explain(model: Any, mesh: Mesh | None = None, rules: Rules | str | None = None, dtype: Any = jnp.float32) -> str:
     """A table of every parameter: its shape and logical axes, where each axis lives, bytes on one device, and for an axis that the rules
     name but the mesh does not split, why. Without mesh and rules, the model's own."""
+    from jaxmodels.params import abstract_params, flatten, param_axes  # flax, which reading a checkpoint does without
+
     found = resolve_rules(rules, mesh) or model.rules
     if found is None:
         raise ValueError("explain needs rules: explain(model, make_mesh(fsdp=4, tensor=2), 'fsdp+tensor')")

@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxmodels.convert import files
+from jaxmodels.convert import atomic
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.files import DTYPES, read_checkpoint, read_file, replacing, write_checkpoint, write_file
+from jaxmodels.convert.files import DTYPES, read_checkpoint, read_file, write_checkpoint, write_file
 from jaxmodels.convert.tensors import Spec, as_tensor
 
 
@@ -200,7 +201,7 @@ def assert_holds(directory, value, n=4):
 @pytest.fixture(params=["exchange", "aside"])
 def swap(request, monkeypatch):
     if request.param == "aside":  # systems without an atomic exchange
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
 
 
 @pytest.mark.usefixtures("swap")
@@ -348,7 +349,7 @@ print("old", sum(seen), "new", len(seen) - sum(seen))
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
     (tmp_path / "d").mkdir()
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "d/m"), "0"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(files.__file__).parents[1], timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(atomic.__file__).parents[1], timeout=300)
     assert run.returncode == 0, run.stderr
     old, new = map(int, run.stdout.split()[1::2])
     assert old >= 5  # kills did land in the middle of saves

@@ -1,9 +1,10 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
-from jaxmodels.sharding import Rules, explain, make_mesh, resolve_rules
+from jaxmodels.sharding import Rules, agree, explain, global_batch, lockstep, make_mesh, process_rows, resolve_rules, to_host
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,19 @@ def test_several_slices():
     assert [[d.slice_index for d in row] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(ValueError, match="must be a multiple of that number"):
         make_mesh([Device(n) for n in range(8)], data=1, tensor=8)
+
+
+def test_rows_of_one_process(mesh):
+    """What several processes do, one does alone: test_processes.py has them."""
+    rules = Rules.preset("fsdp+tensor", mesh)
+    assert process_rows(rules, 6) == slice(0, 6)
+    rows = np.arange(24).reshape(6, 4)
+    batch = global_batch(rules, {"input_ids": rows})["input_ids"]
+    assert batch.shape == (6, 4) and batch.sharding.spec == P("fsdp")
+    np.testing.assert_array_equal(to_host({"x": batch})["x"], rows)
+    for call in (lambda: process_rows(rules, 5), lambda: global_batch(rules, {"input_ids": rows[:5]})):
+        with pytest.raises(ValueError, match=r"a batch of 5 rows over mesh .*: expected a multiple of 2"):
+            call()
+    agree("alone", mesh=8)
+    with pytest.raises(KeyError), lockstep("alone"):
+        raise KeyError("its own")

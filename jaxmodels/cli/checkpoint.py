@@ -18,7 +18,7 @@ from jaxmodels.auto import conversion_of, find_family, json_files, main_dtype, r
 from jaxmodels.cli.main import hub_options, mesh_sizes
 from jaxmodels.convert.dequantize import dequantized
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
-from jaxmodels.convert.hub import TEXT_FILES, resolve
+from jaxmodels.convert.hub import TEXT_FILES, resolve, weights_at
 from jaxmodels.convert.load import canonical, load, unload
 from jaxmodels.convert.orbax import is_orbax, restore_orbax, save_orbax
 from jaxmodels.convert.tensors import Cast
@@ -50,7 +50,7 @@ def convert(args: argparse.Namespace) -> None:
     directory = Path(args.source) if is_orbax(args.source) else resolve(args.source, **hub)
     config = read_config(directory)
     if not is_orbax(directory):
-        source = dequantized(read_checkpoint(directory, variant=hub.get("variant")), config)
+        source = dequantized(read_checkpoint(weights_at(args.source, directory, hub.get("subfolder")), variant=hub.get("variant")), config)
         config = config.matched(source)
     model = _class(config)(config, scan_layers=args.scan)
     rules, prefix = conversion_of(model)
@@ -77,7 +77,7 @@ def info(args: argparse.Namespace) -> None:
     directory = resolve(args.path, **hub)
     config = read_config(directory)
     rules = _rules(args.mesh, args.rules) if args.mesh else None
-    tensors = read_checkpoint(directory, variant=hub.get("variant"))
+    tensors = read_checkpoint(weights_at(args.path, directory, hub.get("subfolder")), variant=hub.get("variant"))
     config = config.matched(tensors)
     sizes, numbers = Counter[str](), Counter[str]()
     for tensor in tensors.values():

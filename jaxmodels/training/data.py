@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
-from jaxmodels.convert.files import replacing
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.ops.loss import IGNORE
 from jaxmodels.processing.tokenizer import NO_LIMIT
 from jaxmodels.training.collators import draws

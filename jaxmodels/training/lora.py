@@ -22,8 +22,9 @@ import numpy as np
 
 from jaxmodels.auto import conversion_of
 from jaxmodels.config import read_json, thaw
+from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.files import read_file, replacing, write_file
+from jaxmodels.convert.files import read_file, write_file
 from jaxmodels.convert.rules import Rename, Split, fill, forward, inverse, match, members, unstack
 from jaxmodels.convert.tensors import Spec, as_tensor
 from jaxmodels.layers import Embedding, Linear

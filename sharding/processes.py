@@ -1,0 +1,160 @@
+"""Several processes that run one program over one mesh: they agree on what they do, fail together, and each brings its rows of a batch.
+
+    jax.distributed.initialize(…, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=20)    # before anything else
+    rows = process_rows(rules, 64)                                 # which of 64 rows this process has to bring
+    batch = global_batch(rules, {"input_ids": all_rows[rows]})     # arrays [64, …] over the mesh
+
+Axis letters: B rows of a batch, b those of this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmodels.sharding.rules import Rules
+
+_SHOWN = 300
+
+
+class ProcessError(RuntimeError):
+    """Another process failed; says which and how."""
+
+
+def spans(rules: Rules | None) -> bool:
+    """Whether the mesh has devices of every process of several, so that all of them make the same calls."""
+    if rules is None or jax.process_count() == 1:
+        return False
+    return len({device.process_index for device in rules.mesh.devices.flat}) == jax.process_count()  # type: ignore[union-attr]
+
+
+def spread(tree: Any) -> bool:
+    """Whether arrays of `tree` lie on devices of other processes, too."""
+    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+
+
+def agree(call: str, **values: Any) -> None:
+    """Compare `values` (what json or str makes of them) between all processes, each of which calls this.
+
+    ValueError on every process where they differ: which, and who has what."""
+    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    everyone = [json.loads(text) for text in _gather(call, json.dumps({"call": call, **mine}))]
+    differing = sorted({name for one in everyone for name in one if any(other.get(name) != one[name] for other in everyone)})
+    if differing:
+        lines = [f"  {name}: {_sides([one.get(name, 'nothing') for one in everyone])}" for name in differing[:8]]
+        raise ValueError("\n".join([f"{call}: the processes disagree, each must be called with the same:", *lines]))
+
+
+def _sides(texts: list[str]) -> str:
+    who: dict[str, list[str]] = {}
+    for process, text in enumerate(texts):
+        who.setdefault(text, []).append(str(process))
+    return "; ".join(f"{text[:_SHOWN]} on process {', '.join(processes)}" for text, processes in who.items())
+
+
+def described(rules: Rules) -> dict[str, Any]:
+    """What `agree` compares of rules."""
+    mesh: Mesh = rules.mesh  # type: ignore[assignment]
+    devices = [device.id for device in mesh.devices.flat]
+    return {"mesh": dict(mesh.shape), "devices of the mesh": devices, "rules": [rules.table, rules.optimizer, rules.gradients]}
+
+
+@contextmanager
+def telling(doing: str, together: bool = True) -> Iterator[None]:
+    """An error within reaches the other processes, too, wherever they next compare or wait."""
+    try:
+        yield
+    except Exception as error:
+        if together and jax.process_count() > 1 and not getattr(error, "known_to_all", False):
+            with suppress(Exception):  # where the others died there is nobody to tell
+                _gather(doing, f"{type(error).__name__}: {error}", failed=True)
+            error.known_to_all = True  # type: ignore[attr-defined]  # they leave whatever is around this, too
+        raise
+
+
+@contextmanager
+def lockstep(doing: str, together: bool = True) -> Iterator[None]:
+    """All processes leave this at the same time, and where it fails on one it fails on all: there with the error itself, on the others
+    with a ProcessError that quotes it. `together`: False makes it this process' own affair."""
+    with telling(doing, together):
+        yield
+    if together and jax.process_count() > 1:
+        _gather(doing, "")
+
+
+def from_first(doing: str, text: str) -> str:
+    """The text of process 0, on every process."""
+    return _gather(doing, text)[0]
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as numpy arrays; those over several processes come whole to each, which all make this call."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return jax.jit(_itself, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)  # type: ignore[attr-defined]
+
+    return jax.device_get(jax.tree.map(one, tree))
+
+
+def _gather(doing: str, text: str, failed: bool = False) -> list[str]:
+    """The texts of all processes; ProcessError where one of them is another's failure."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = f"{'!' if failed else '='}{text}".encode()
+    counts = process_allgather(np.int32(len(data)))
+    room = max(256, 1 << int(counts.max()).bit_length())  # few lengths, as each is a program
+    padded = np.frombuffer(data.ljust(room, b" "), np.uint8)
+    texts = [row.tobytes()[:count].decode() for row, count in zip(process_allgather(padded), counts)]
+    failures = {process: text[1:] for process, text in enumerate(texts) if text[0] == "!"}
+    if failures and not failed:
+        process, found = next(iter(failures.items()))
+        error = ProcessError(f"{doing}: failed on process {', '.join(map(str, failures))} of {len(texts)}; process {process}: {found}")
+        error.known_to_all = True  # type: ignore[attr-defined]
+        raise error
+    return [text[1:] for text in texts]
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------------
+
+
+def _over_rows(rules: Rules, B: int) -> NamedSharding:
+    pieces = math.prod(rules.mesh.shape[axis] for axis in dict(rules.table).get("batch", ()) if axis in rules.mesh.shape)
+    if B % pieces:
+        raise ValueError(f"a batch of {B} rows over mesh {dict(rules.mesh.shape)}: expected a multiple of {pieces}")
+    return rules.sharding(("batch",), (B,))
+
+
+def process_rows(rules: Rules, B: int) -> slice:
+    """Which of a batch's B rows this process' devices hold. Processes that differ along another axis alone (tensor) hold the same rows.
+
+    ValueError where B is no multiple of the pieces, or the rows do not lie together."""
+    indices = _over_rows(rules, B).addressable_devices_indices_map((B,)).values()
+    held = sorted({index[0].indices(B)[:2] for index in indices})  # type: ignore[index]
+    if any(a[1] != b[0] for a, b in itertools.pairwise(held)):
+        raise ValueError(f"the rows of this process do not lie together in the mesh {dict(rules.mesh.shape)}: {held}")
+    return slice(held[0][0], held[-1][1])
+
+
+def global_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """{name: this process' rows [b, …], a host array} as arrays [B, …] over the mesh. Rows are as `process_rows` gives them."""
+
+    def one(rows: Any) -> jax.Array:
+        rows = np.asarray(rows)
+        whole = process_rows(rules, rules.mesh.size)  # the share of any batch that divides
+        B = len(rows) * rules.mesh.size // (whole.stop - whole.start)
+        return jax.make_array_from_process_local_data(_over_rows(rules, B), rows, (B, *rows.shape[1:]))
+
+    return {name: one(rows) for name, rows in batch.items()}

@@ -1,0 +1,194 @@
+"""One process of a job that test_processes.py launches: `process_worker.py TASK PROCESS COUNT PORT DIRECTORY …`. No test of its own."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxmodels as jm
+from jaxmodels.convert import files, orbax, remote, sharded
+from jaxmodels.sharding import global_batch, process_rows, to_host
+from jaxmodels.training.checkpoints import Checkpoints, describe, restore
+
+MESH = {"fsdp": 4, "tensor": 2}
+PROMPTS = np.random.default_rng(0).integers(3, 97, (4, 12)).astype(np.int32)
+MASK = np.ones((4, 12), np.int32)
+MASK[1, :5] = 0
+BATCHES = np.random.default_rng(1).integers(3, 97, (4, 8, 16)).astype(np.int32)
+
+
+def batch(model, step):
+    rows = process_rows(model.rules, len(BATCHES[step]))
+    return global_batch(model.rules, {"input_ids": BATCHES[step][rows], "labels": BATCHES[step][rows]})
+
+
+def numbers(path, mesh=MESH):
+    """What a checkpoint gives: logits, greedy tokens, the losses of three steps and the parameters after them."""
+    model, params = jm.AutoModelForCausalLM.from_pretrained(path, mesh=jm.make_mesh(**mesh))
+    found = {"logits": to_host(jax.jit(lambda p: model.apply({"params": p}, PROMPTS, attention_mask=MASK).logits)(params))}
+    found["tokens"] = to_host(jm.generate(model, params, PROMPTS, attention_mask=MASK, max_new_tokens=6).sequences)
+    optimizer = optax.adamw(1e-2)
+    state, step = jm.create_train_state(model, optimizer, params), jm.make_train_step(model, optimizer)
+    losses = []
+    for i in range(3):
+        state, metrics = step(state, batch(model, i))
+        losses.append(to_host(metrics["loss"]))
+    found["losses"] = np.stack(losses)
+    found["norm"] = to_host(jm.flatten(state.params)["model.norm.weight"])
+    return found, model, state, step, optimizer
+
+
+def refusals(directory, path, process):
+    """What each process is told where they do not do the same, or one of them fails."""
+    told = {}
+    mesh = jm.make_mesh(**MESH)
+    load = lambda path, mesh=mesh, **options: jm.AutoModelForCausalLM.from_pretrained(path, mesh=mesh, **options)
+    model, params = load(path)
+
+    def refused(name, call):
+        try:
+            call()
+            told[name] = "nothing"
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    refused("mesh", lambda: load(path, jm.make_mesh(fsdp=8) if process else mesh))
+    refused("rules", lambda: load(path, rules="fsdp" if process else "tensor"))
+    refused("dtype", lambda: load(path, dtype="bfloat16" if process else "float32"))
+    refused("path", lambda: load(f"{directory}/host{process}/model"))
+    os.chdir(f"{directory}/host{process}")
+    refused("config", lambda: load("model"))
+    refused("missing", lambda: load("broken"))
+    refused("prompt", lambda: jm.generate(model, params, np.where(PROMPTS[0, 0] == PROMPTS, process, PROMPTS), max_new_tokens=2))
+    refused("ids", lambda: jm.generate(model, params, PROMPTS + 96 * (process == 1), max_new_tokens=2))
+    refused("target", lambda: jm.save_pretrained(f"{directory}/saved{process}", model, params))
+    jm.save_pretrained(f"{directory}/kept", model, params)
+    before = {file.name: file.read_bytes() for file in Path(directory, "kept").iterdir()}
+    write, calls = files.write_file, []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if process == 1 and len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(*arguments, **options)
+
+    files.write_file = sharded.write_file = full
+    refused("disk", lambda: jm.save_pretrained(f"{directory}/kept", model, params, max_shard_size=30_000))
+    files.write_file = sharded.write_file = write
+    assert {file.name: file.read_bytes() for file in Path(directory, "kept").iterdir()} == before
+    return told
+
+
+def read_by_range(url):
+    """Bytes of tensors that this process asks a server for, and that its devices need."""
+    remote.GAP, asked, read = 0, [], remote.RemotePath.read
+
+    def counting(self, start, stop):
+        asked.append(stop - start)
+        return read(self, start, stop)
+
+    remote.RemotePath.read = counting
+    _, params = jm.AutoModelForCausalLM.from_pretrained(url, mesh=jm.make_mesh(**MESH))
+    held = {(name, str(shard.index)): shard.data.nbytes for name, leaf in jm.flatten(params).items() for shard in leaf.addressable_shards}
+    return params, sum(asked), sum(held.values())
+
+
+def resumed(directory, model, state, step, optimizer):
+    """The loss of a fourth step, and of one after a save and a restore of the whole state by the Trainer's checkpoints."""
+    checkpoints, about = Checkpoints(f"{directory}/run"), describe(model, "adamw")
+    checkpoints.save(3, state, about, {"seen": 24})
+    checkpoints.close()
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    _, metrics = step(state, batch(model, 3))
+    state, run = restore(checkpoints.path(3), shapes, about)
+    assert run == {"seen": 24}
+    _, again = step(state, batch(model, 3))
+    return to_host((metrics["loss"], again["loss"]))
+
+
+def everything(process, directory, url):
+    path = f"{directory}/model"
+    told = refusals(directory, path, process)
+    found, model, state, step, optimizer = numbers(path)
+    trained = jm.flatten(state.params)
+    jm.save_pretrained(f"{directory}/whole", model, state.params, max_shard_size=30_000)
+    jm.save_pretrained(f"{directory}/parts", model, state.params, max_shard_size=30_000, consolidate=False)
+    numbered = {name: 1 + (name == "lm_head.weight") for name in trained}
+    jm.save_pretrained(f"{directory}/numbered", model, state.params, fqn_to_index_mapping=numbered)
+    orbax.save_orbax(f"{directory}/orbax", trained, model.config.to_dict())
+    same = jax.jit(lambda a, b: jnp.array([(a[key] == b[key]).all() for key in a]).all())
+    for name in ("whole", "parts", "numbered"):  # and under another mesh
+        back = jm.AutoModelForCausalLM.from_pretrained(f"{directory}/{name}", mesh=jm.make_mesh(tensor=2, fsdp=-1), rules="fsdp")[1]
+        assert same(jm.flatten(back), trained)
+    restored, _ = orbax.restore_orbax(f"{directory}/orbax", trained)
+    assert same(restored, trained)
+    params, asked, held = read_by_range(url)
+    found["url"] = to_host(jm.flatten(params)["model.layers.1.self_attn.k_proj.weight"])
+    found["trained"] = to_host(trained["model.layers.1.self_attn.k_proj.weight"])
+    found["resumed"] = np.array(resumed(directory, model, state, step, optimizer))
+    if process == 0:
+        np.savez(f"{directory}/found.npz", **found)
+    Path(directory, f"told{process}.json").write_text(json.dumps({"told": told, "asked": asked, "held": held}))
+
+
+def filled(spec):
+    numbers = np.random.default_rng(spec.size).standard_normal(spec.shape, np.float32)
+    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: numbers[index])
+
+
+def families(process, directory):
+    """Parameters that the file holds fused, stacked, transposed or interleaved, and scanned layers, saved together and by each alone."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    kv, experts = {"num_key_value_heads": 2}, {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shapes = {
+        "llama": small | kv,
+        "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "gpt_neox": small,
+        "falcon": {**small, "num_kv_heads": 2, "new_decoder_architecture": True},
+        "phi3": small | kv,
+        "mixtral": small | kv | experts,
+        "gpt_oss": small | kv | experts | {"head_dim": 8},
+    }
+    for name, values in shapes.items():
+        for sizes in ({"fsdp": 2, "tensor": 4}, {"tensor": 8}, {"expert": 4, "data": 2}):
+            rules = jm.Rules.preset("expert", jm.make_mesh(**sizes))
+            config = jm.AutoConfig.for_model(name, **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **values})
+            model = jm.AutoModelForCausalLM.class_for(config)(config, rules=rules, scan_layers=name == "llama")
+            params = jax.tree.map(filled, jm.abstract_params(model))
+            target = f"{directory}/{name}-{'-'.join(map(str, sizes.values()))}"
+            jm.save_pretrained(f"{target}-together", model, params, max_shard_size=20_000)
+            jm.save_pretrained(f"{target}-parts", model, params, consolidate=False)
+            jm.save_pretrained(f"{target}-alone{process}", model, to_host(params), max_shard_size=20_000)
+
+
+def killed(process, directory, *_):
+    """Steps and saves until a signal ends it: the checkpoint's tensors and its config all hold the number of the step."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxmodels.convert.files import write_checkpoint
+    from jaxmodels.convert.tensors import as_tensor
+
+    mesh = jm.make_mesh(fsdp=-1)
+    halves = NamedSharding(mesh, PartitionSpec("fsdp"))
+    step = jax.jit(lambda xs: jax.tree.map(lambda x: x + 1 + 0 * x.sum(), xs), out_shardings=halves)
+    xs = {f"w{i}": jax.make_array_from_callback((256, 64), halves, lambda index: np.zeros((128, 64), np.float32)) for i in range(6)}
+    for number in itertools.count(1):
+        xs = step(xs)
+        print("saving", number)
+        tensors = {name: as_tensor(x) for name, x in xs.items()}
+        write_checkpoint(f"{directory}/kept", tensors, max_shard_size=150_000, files={"config.json": str(number)}, together=True)
+        print("saved", number)
+
+
+if __name__ == "__main__":
+    task, process, count, port, directory, *arguments = sys.argv[1:]
+    seconds = 3 if task == "killed" else 10
+    timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": seconds}
+    jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
+    {"everything": everything, "families": families, "killed": killed}[task](int(process), directory, *arguments)

@@ -1,0 +1,174 @@
+"""Several processes over one mesh: their numbers are one process', what they save together is whole, and they fail together."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import process_worker
+import pytest
+import torch
+from processes import Job, serving
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jaxmodels.convert.files import read_checkpoint, write_checkpoint
+from jaxmodels.convert.sharded import consolidate
+from jaxmodels.convert.tensors import NumpyTensor
+
+SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """model/, and two hosts that have a model/ of another config, and a broken/ that is whole on the first alone."""
+    directory = tmp_path_factory.mktemp("job")
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=2, initializer_range=0.15, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(directory / "model", max_shard_size="60KB")
+    for host in ("host0", "host1"):
+        for name in ("model", "broken"):
+            shutil.copytree(directory / "model", directory / host / name)
+    (directory / "host1/broken/model-00002-of-00006.safetensors").unlink()
+    file = directory / "host1/model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.5}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    return process_worker.numbers(f"{checkpoint}/model")[0]
+
+
+TOLD = {  # what every process is told
+    "mesh": r"""mesh: {"fsdp": 4, "tensor": 2} on process 0\S*; {"fsdp": 8} on process""",
+    "rules": "rules: .* on process 0",
+    "dtype": 'dtype: "float32" on process 0; "bfloat16" on process 1',
+    "path": "path: .*host0/model.* on process 0; .*host1/model.* on process 1",
+    "config": "config.json, rms_norm_eps: 1e-06 on process 0.*; 0.5 on process 1",
+    "missing": r"missing shards \['model-00002-of-00006.safetensors'\]",
+    "prompt": "generate: the processes disagree.*\n.*input_ids and attention_mask",
+    "ids": "token ids run from 99 to",
+    "target": "path: .*saved0.*saved1",
+    "disk": "No space left on device",
+}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_do_what_one_does(checkpoint, alone, tmp_path, count):
+    job = tmp_path / "job"
+    shutil.copytree(checkpoint, job)
+    for host in range(2, count):
+        shutil.copytree(job / "host0", job / f"host{host}")
+    with serving(job) as (url, _):
+        Job("everything", job, count, 8 // count, f"{url}/model").finish()
+    found = np.load(job / "found.npz")
+    np.testing.assert_array_equal(found["tokens"], alone["tokens"])
+    for name in ("logits", "losses", "norm"):
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["url"], read_checkpoint(job / "model")["model.layers.1.self_attn.k_proj.weight"].read())
+    np.testing.assert_array_equal(found["resumed"][0], found["resumed"][1])  # bit for bit
+
+    told = [json.loads((job / f"told{process}.json").read_text()) for process in range(count)]
+    for process, of in enumerate(told):
+        for name, message in TOLD.items():
+            assert re.search(message, of["told"][name]), of["told"][name]
+        own = process == 1  # who failed
+        assert of["told"]["missing"].startswith("CheckpointError: broken" if own else "ProcessError: from_pretrained")
+        assert of["told"]["disk"].startswith("OSError" if own else "ProcessError: saving")
+        assert of["asked"] == of["held"]  # not a byte of a tensor that is not needed here
+    total = sum(tensor.nbytes for tensor in read_checkpoint(job / "model").values())
+    assert all(of["held"] < 0.6 * total for of in told)
+    assert not [path for path in job.iterdir() if "saving" in path.name]
+
+    whole, parts = read_checkpoint(job / "whole"), read_checkpoint(job / "parts")
+    state = torch_state({key: (tensor.shape, "float32") for key, tensor in whole.items()}, job / "parts")
+    for key, tensor in whole.items():
+        np.testing.assert_array_equal(state[key].numpy(), tensor.read())
+    assert "shard-00002-model-00001-of-" in "".join(os.listdir(job / "parts"))
+    np.testing.assert_array_equal(whole["model.layers.1.self_attn.k_proj.weight"].read(), found["trained"])
+    assert sorted(os.listdir(job / "numbered")) == [
+        *("config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        "model.safetensors.index.json",
+    ]
+    write_checkpoint(tmp_path / "alone", {key: NumpyTensor(tensor.read()) for key, tensor in whole.items()}, max_shard_size=30_000)
+    consolidate(job / "parts", tmp_path / "from parts")
+    consolidate(job / "parts")
+    for directory in (job / "whole", job / "parts", tmp_path / "from parts"):
+        for name in os.listdir(tmp_path / "alone"):  # byte for byte what one process writes
+            assert (directory / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+        assert set(os.listdir(directory)) == {*os.listdir(tmp_path / "alone"), "config.json", "generation_config.json"}
+    assert set(parts) == set(whole)
+    torch_model = LlamaForCausalLM.from_pretrained(job / "parts")
+    np.testing.assert_array_equal(torch_model.model.layers[1].self_attn.k_proj.weight.detach(), found["trained"])
+
+
+@pytest.mark.slow
+def test_every_way_that_a_file_differs_from_the_tree(tmp_path):
+    Job("families", tmp_path, 2, 4).finish()
+    together = sorted(tmp_path.glob("*-together"))
+    assert len(together) == 21
+    for directory in together:
+        stem = str(directory).removesuffix("-together")
+        alone = Path(f"{stem}-alone1")
+        assert {file.name for file in directory.iterdir()} == {file.name for file in alone.iterdir()}
+        for file in alone.iterdir():
+            assert (directory / file.name).read_bytes() == file.read_bytes(), file
+        whole, parts = read_checkpoint(alone), read_checkpoint(f"{stem}-parts")
+        assert set(parts) == set(whole)
+        assert all(parts[key].read().tobytes() == whole[key].read().tobytes() for key in whole)
+        from_torch = torch_state({key: (tensor.shape, tensor.dtype.name) for key, tensor in whole.items()}, f"{stem}-parts")
+        assert all(from_torch[key].numpy().tobytes() == whole[key].read().tobytes() for key in whole)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_ends_the_job_and_leaves_a_whole_checkpoint(tmp_path):
+    """Twenty SIGKILLs, four jobs at a time, each in its own directory, where the next job begins over what the last has left."""
+
+    def trial(place, turn):
+        rng = random.Random(100 * place + turn)
+        directory = tmp_path / str(place)
+        directory.mkdir(exist_ok=True)
+        job = Job("killed", directory, 2, 1)
+        victim, log = rng.randrange(2), job.logs[0]
+        until = time.monotonic() + 120
+        while "saved 2" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        job.kill(victim)
+        begun = time.monotonic()
+        codes = job.wait(60)
+        took = time.monotonic() - begun
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] not in (0, -signal.SIGKILL) and took < 30, (codes, took)
+        told = job.logs[1 - victim].read_text()
+        assert re.search("Gloo .* failed|another task died|ProcessError", told), told[-2000:]
+        lines = [line for line in job.logs[victim].read_text().splitlines() if line.startswith("sav")]
+        last = max(int(line.split()[1]) for log in job.logs for line in log.read_text().splitlines() if re.fullmatch(r"saved \d+", line))
+        found = read_checkpoint(directory / "kept")
+        values = {float(value) for tensor in found.values() for value in np.unique(tensor.read())}
+        values.add(float((directory / "kept/config.json").read_text()))
+        assert len(found) == 6 and len(values) == 1, values
+        assert values.pop() in (last, last + 1)
+        return lines[-1].startswith("saving")
+
+    with ThreadPoolExecutor(4) as pool:
+        inside = list(pool.map(lambda place: [trial(place, turn) for turn in range(5)], range(4)))
+    assert sum(map(sum, inside)) >= 3  # most of the time is spent in saves
+
+
+def torch_state(shapes, directory):
+    """What torch's reader of sharded checkpoints makes of a directory."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of one process without torch.distributed
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))
+    return state
