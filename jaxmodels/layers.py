@@ -187,9 +187,9 @@ class GatedMLP(nn.Module):
 
 
 class Rope(struct.PyTreeNode):
-    """cos and sin [B,T,1,R] for the new tokens; with a cache also their frequencies [R/2]. Where these change with a row's length, [B,R/2], keys are
-    `late`: cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer cached
-    before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
+    """cos and sin [B,T,1,R] for the new tokens; with a cache also their frequencies [R/2]. Where these change with a row's length,
+    [B,R/2], keys are `late`: cached unrotated and turned when they are read. That makes attention over a cache exact; what a second layer
+    cached before the frequencies changed still comes from a first layer under the old ones, so there cached = uncached while they stay."""
 
     new: tuple[jax.Array, jax.Array]
     frequencies: jax.Array | None
