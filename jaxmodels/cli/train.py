@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxmodels.auto import AutoConfig, AutoModelForCausalLM, save_pretrained
+from jaxmodels.auto import AutoConfig, AutoModelForCausalLM
 from jaxmodels.cli.settings import Settings, Source, read_settings
 from jaxmodels.processing import AutoTokenizer
 from jaxmodels.sharding import make_mesh, resolve_rules
@@ -190,6 +190,6 @@ def save(settings: Settings, trainer: Trainer) -> None:
         trainer.save_model(out / "hf")
     else:
         trainer.save_model(out / "adapter")
-        trainer.write(out / "hf", merge(trainer.params)[0], save_pretrained)
+        trainer.write(out / "hf", merge(trainer.params)[0])
     if trainer.is_world_process_zero():
         print(f"{out / 'hf'}: written", flush=True)

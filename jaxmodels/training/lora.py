@@ -22,14 +22,15 @@ import numpy as np
 
 from jaxmodels.auto import conversion_of
 from jaxmodels.config import read_json, thaw
-from jaxmodels.convert.atomic import replacing
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import read_file, write_file
 from jaxmodels.convert.rules import Rename, Split, fill, forward, inverse, match, members, unstack
+from jaxmodels.convert.sharded import replacing_together
 from jaxmodels.convert.tensors import Spec, as_tensor
 from jaxmodels.layers import Embedding, Linear
 from jaxmodels.ops.lora import row_norms
 from jaxmodels.params import Tree, flatten, unflatten
+from jaxmodels.sharding.processes import spread, to_host
 from jaxmodels.training.optimizers import module_types
 
 Adapter = dict[str, jax.Array]  # dotted names of the leaves, as they lie in the tree
@@ -324,8 +325,9 @@ def _parts(model: Any, modules: Sequence[str]) -> dict[str, list[str]]:
 
 
 def save_adapter(directory: str | Path, model: Any, params: Any, config: LoraConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which PEFT's from_pretrained reads, in one piece or not at all."""
-    leaves = {name: np.asarray(leaf) for name, leaf in unstack(adapter_of(params)).items()}
+    """Write adapter_config.json and adapter_model.safetensors, which PEFT's from_pretrained reads, in one piece or not at all. Of arrays
+    over several processes, all make the call and the first writes."""
+    leaves = {name: np.asarray(leaf) for name, leaf in unstack(to_host(adapter_of(params))).items()}
     tensors = {_file_key(*name.rsplit(".", 1)): leaf for name, leaf in leaves.items() if "embedding" in name.rpartition(".")[2]}
     rows: dict[str, np.ndarray] = {}  # what has the weight's rows, by the tree's names
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
@@ -345,12 +347,14 @@ def save_adapter(directory: str | Path, model: Any, params: Any, config: LoraCon
     fused = inverse(_structure(model), {name: as_tensor(leaf) for name, leaf in rows.items()})
     out = {key: as_tensor(np.ascontiguousarray(leaf)) for key, leaf in tensors.items()}
     out |= {_file_key(*name.rsplit(".", 1)): tensor for name, tensor in fused.items()}
-    saved = unstack({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config, name)})
+    saved = unstack(to_host({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config, name)}))
     out |= {_file_key(*name.rsplit(".", 1)): as_tensor(leaf) for name, leaf in saved.items()}
     config = dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
-    with replacing(directory) as path:
-        write_file(path / "adapter_model.safetensors", out)
-        (path / "adapter_config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    together = spread(params)
+    with replacing_together(directory, together=together) as path:
+        if not together or jax.process_index() == 0:
+            write_file(path / "adapter_model.safetensors", out)
+            (path / "adapter_config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_adapter(directory: str | Path, model: Any, params: Any) -> tuple[Tree, LoraConfig]:

@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 
 from jaxmodels.auto import save_pretrained
 from jaxmodels.convert.errors import CheckpointError
@@ -225,22 +223,20 @@ class Trainer:
         path = self.args.output_dir if output_dir is None else output_dir
         flat = flatten(self.params)
         params = unflatten({name: leaf.astype(self._dtypes.get(name, leaf.dtype)) for name, leaf in flat.items()})
-        adapter = None if self.peft_config is None else partial(save_adapter, config=self.peft_config)
-        self.write(path, params, adapter or save_pretrained)
+        if self.peft_config is None:
+            self.write(path, params)
+        else:
+            save_adapter(path, self.model, params, self.peft_config)
+            self._write_processing_class(path)
 
-    def write(self, path: str | Path, params: Any, save: Callable[..., None]) -> None:
-        """save(path, model, params) and the processing class's files; of several processes the first writes, and all wait for it."""
-        model = self.model
-        if jax.process_count() > 1:
-            model, params = dataclasses.replace(model, rules=None), process_allgather(params, tiled=True)
-        try:
-            if self.is_world_process_zero():
-                save(path, model, params)
-                if hasattr(self.processing_class, "save_pretrained"):
-                    self.processing_class.save_pretrained(path)
-        finally:
-            if jax.process_count() > 1:
-                sync_global_devices("written")
+    def write(self, path: str | Path, params: Any) -> None:
+        """A Hugging Face directory of `params`, with the processing class's files."""
+        save_pretrained(path, self.model, params)
+        self._write_processing_class(path)
+
+    def _write_processing_class(self, path: str | Path) -> None:
+        if self.is_world_process_zero() and hasattr(self.processing_class, "save_pretrained"):
+            self.processing_class.save_pretrained(path)
 
     # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
