@@ -37,7 +37,8 @@ def spans(rules: Rules | None) -> bool:
 
 def spread(tree: Any) -> bool:
     """Whether arrays of `tree` lie on devices of other processes, too."""
-    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    known = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer))
+    return any(not leaf.is_fully_addressable for leaf in known)
 
 
 def agree(call: str, **values: Any) -> None:

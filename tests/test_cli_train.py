@@ -162,14 +162,15 @@ def test_dpo_of_an_adapter_on_a_mesh(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(files, tmp_path):
+@pytest.mark.parametrize("adapter", [[], ["lora.r=4"]])
+def test_two_processes_give_the_losses_of_one(files, tmp_path, adapter):
     one = settings(files, tmp_path / "one", "packed/*.array_record", training={"per_device_train_batch_size": 8})
-    assert main(["train", str(one)]) == 0
+    assert main(["train", str(one), *adapter]) == 0
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
     together = [f"distributed={{coordinator_address: 'localhost:{port}', num_processes: 2}}", "cpu_devices=2", "mesh={fsdp: 2, tensor: 2}"]
-    together += ["per_device_train_batch_size=4", f"output_dir={tmp_path / 'two'}"]
+    together += ["per_device_train_batch_size=4", f"output_dir={tmp_path / 'two'}", *adapter]
     command = [sys.executable, "-m", "jaxmodels.cli.main", "train", str(one), *together]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     processes = [

@@ -164,6 +164,8 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
     flat = dict(flatten(params))
     for module, (kind, unrolled) in _targets(model, config).items():
         weight = flat[f"{module}.weight"]
+        if members(module) and spread(weight):
+            raise ValueError("stacked layers that lie over several processes take no adapter: load the model with scan_layers=False")
         keys = [jax.random.fold_in(key, _number(name)) for name in members(module) or [module]]
         leaves = [_fresh(kind, w, config, name, k) for w, name, k in zip(_layers(weight, module), unrolled, keys)]
         flat |= {f"{module}.{name}": _joined([leaf[name] for leaf in leaves], module) for name in leaves[0]}
