@@ -16,6 +16,17 @@ SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 7), (2, 5, 5, 4, 4, 10), (3, 1, 33
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
+NAMES = ["eager", "xla", "xla by head"]
+
+
+@pytest.fixture
+def name(request, monkeypatch):
+    """Of an implementation; `by head` as for many logits."""
+    if request.param.endswith("by head"):
+        monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
+    return request.param.removesuffix(" by head")
+
+
 def inputs(B, T, S, N, K, H, dtype, seed=0):
     """q, k, v and ragged positions: row b misses its first b keys and its newest T tokens are the queries."""
     rng = np.random.default_rng(seed)
@@ -48,7 +59,7 @@ def check(got, expected, q_positions, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["eager", "xla"])
+@pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_against_float64(name, shape, dtype):
     q, k, v, qp, kp = inputs(*shape, dtype)
     got, weights = jax.jit(attention, static_argnames="implementation")(q, k, v, qp, kp, implementation=name)
@@ -61,7 +72,7 @@ def test_against_float64(name, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("name", ["eager", "xla"])
+@pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_from_a_cache_of_either_layout(name, heads_first, dtype):
     """Written in two chunks into a cache with slots to spare, as a layer does it."""
     for B, T, S, N, K, H in (SHAPES[1], SHAPES[3], SHAPES[4]):
@@ -86,7 +97,7 @@ def test_from_a_cache_of_either_layout(name, heads_first, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["eager", "xla"])
+@pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_under_transformations(name, dtype):
     """grad, vmap and scan, compiled; the gradients agree with float32 eager's."""
     q, k, v, qp, kp = inputs(2, 5, 11, 6, 2, 10, dtype)
@@ -109,14 +120,14 @@ def test_under_transformations(name, dtype):
         np.testing.assert_allclose(np.asarray(mine, np.float32), theirs, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["eager", "xla"])
+@pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_scale(name):
     q, k, v, qp, kp = inputs(2, 3, 7, 4, 2, 6, jnp.float32)
     got, _ = attention(q, k, v, qp, kp, scale=0.9, implementation=name)
     check(got, reference(q, k, v, qp, kp, scale=0.9), qp, jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["eager", "xla"])
+@pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_a_padding_query_is_finite(name):
     """It sees nothing; what it gives is thrown away, but nan would spread through gradients."""
     q, k, v, *_ = inputs(1, 3, 3, 2, 1, 4, jnp.float32)
@@ -169,13 +180,15 @@ def test_register(monkeypatch):
         ("causal", "window"),
     ],
 )
-def test_options(options, dtype):
+def test_options(options, dtype, monkeypatch):
     """Against the definition, written out in float64; the implementation is chosen by what the options need."""
     q, k, v, qp, kp = inputs(2, 5, 11, 6, 2, 10, dtype)
     rng = np.random.default_rng(1)
     values = {"causal": False, "window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
     asked = {name: jnp.asarray(values[name], jnp.float32) if name in ("bias", "sinks") else values[name] for name in options}
     got, _ = attention(q, k, v, qp, kp, **asked)
+    monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
+    by_head, _ = attention(q, k, v, qp, kp, **asked)
     a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
     logits = np.einsum("btnh,bsnh->bnts", a, b) / np.sqrt(10)
     if "softcap" in options:
@@ -187,7 +200,8 @@ def test_options(options, dtype):
     weights = np.where(seen, np.exp(logits), 0)
     extra = np.exp(values["sinks"])[:, None, None] if "sinks" in options else 0
     weights = weights / np.maximum(weights.sum(-1, keepdims=True) + extra, 1e-30)
-    check(got, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
+    for mine in (got, by_head):
+        check(mine, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
 
 
 def test_an_option_that_is_lacking():
