@@ -39,14 +39,15 @@ def write_checkpoint(path: Path, dtype: str = "float32", **changes: Any) -> None
 
 
 def paired(runs: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each run, taken in turn, after one round that is not counted."""
+    """Median seconds of each run, taken in turn. Before each that counts comes one that does not: the idle threads of the library before it
+    spin for a while, and its memory goes back to the system."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run()
             start = time.perf_counter()
             run()
-            if i:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
