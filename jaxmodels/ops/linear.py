@@ -1,4 +1,4 @@
-"""Matrix products that accumulate in float32 and round once, on every backend.
+"""Matrix products that accumulate in float32 and round once, on every backend; where a mesh splits the sum, once on every device.
 
 Axis letters: `...` any leading axes, I in, O out."""
 
