@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -9,20 +10,27 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("process_worker.py")
 
 
+def free_port():
+    """Below those that the system gives to connections, which could take it before the job's first process does."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("localhost", port))
+            return port
+    raise RuntimeError("no free port between 20000 and 32000")
+
+
 class Job:
     """`count` processes that run a task of process_worker.py, or another script, on this machine."""
 
     def __init__(self, task, directory, count, devices, *arguments):
-        with socket.socket() as sock:
-            sock.bind(("localhost", 0))
-            port = sock.getsockname()[1]
+        port = free_port()
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
         environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])

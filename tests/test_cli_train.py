@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 import yaml
 from chat_templates import CHATML
+from processes import free_port
 
 from jaxmodels.cli.main import main
 from jaxmodels.cli.settings import read_settings
@@ -166,9 +166,7 @@ def test_dpo_of_an_adapter_on_a_mesh(files, tmp_path):
 def test_two_processes_give_the_losses_of_one(files, tmp_path, adapter):
     one = settings(files, tmp_path / "one", "packed/*.array_record", training={"per_device_train_batch_size": 8})
     assert main(["train", str(one), *adapter]) == 0
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     together = [f"distributed={{coordinator_address: 'localhost:{port}', num_processes: 2}}", "cpu_devices=2", "mesh={fsdp: 2, tensor: 2}"]
     together += ["per_device_train_batch_size=4", f"output_dir={tmp_path / 'two'}", *adapter]
     command = [sys.executable, "-m", "jaxmodels.cli.main", "train", str(one), *together]
