@@ -41,8 +41,8 @@ def _names(place: Any) -> str:
 
 def _why(rules: Rules, axis: str | None, size: int, units: Any) -> str:
     """Why an axis that is whole is not split, or nothing where the rules do not ask for it."""
-    wanted = tuple(m for m in dict(rules.table).get(axis or "", ()) if m in rules.mesh.shape)
-    pieces = math.prod(rules.mesh.shape[m] for m in wanted)
+    wanted = rules.mesh_axes(axis)
+    pieces = rules.pieces(wanted)
     unit = units.get(axis or "", 1)
     if pieces == 1:
         return ""

@@ -279,8 +279,7 @@ def _short(message: str) -> str:
 
 def _own_rows(rules: Rules) -> float:
     """Of the tokens that a device gathers along the axes that split the experts, the share that goes to its own."""
-    axes = [a for a in dict(rules.table).get("experts", ()) if a in rules.mesh.shape]
-    return 1 / math.prod(rules.mesh.shape[a] for a in axes)
+    return 1 / rules.pieces(rules.mesh_axes("experts"))
 
 
 def _train(model: Any, batch: int, length: int) -> tuple[Any, tuple]:

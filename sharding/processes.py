@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -132,9 +131,8 @@ def _gather(doing: str, text: str, failed: bool = False) -> list[str]:
 
 
 def _over_rows(rules: Rules, B: int) -> NamedSharding:
-    pieces = math.prod(rules.mesh.shape[axis] for axis in dict(rules.table).get("batch", ()) if axis in rules.mesh.shape)
-    if B % pieces:
-        raise ValueError(f"a batch of {B} rows over mesh {dict(rules.mesh.shape)}: expected a multiple of {pieces}")
+    if B % rules.row_pieces:
+        raise ValueError(f"a batch of {B} rows over mesh {dict(rules.mesh.shape)}: expected a multiple of {rules.row_pieces}")
     return rules.sharding(("batch",), (B,))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,14 +117,27 @@ class Rules:
         table = self.gradients if role == "gradients" else self.optimizer if role == "optimizer" else None
         return self if table is None else Rules(self.mesh, table)
 
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The axes of the mesh that a logical axis asks for."""
+        return tuple(m for m in dict(self.table).get(axis or "", ()) if m in self.mesh.shape)
+
+    def pieces(self, mesh_axes: Iterable[str]) -> int:
+        """Into how many pieces these axes of the mesh cut what lies over all of them."""
+        return math.prod(self.mesh.shape[m] for m in mesh_axes)
+
+    @property
+    def row_pieces(self) -> int:
+        """Into how many pieces the rows of a batch are cut."""
+        return self.pieces(self.mesh_axes("batch"))
+
     @property
     def stages(self) -> tuple[str, ...]:
         """The mesh axes over which scanned layers are cut into the stages of a pipeline; none where these make one stage."""
-        return tuple(m for m in dict(self.table).get("layers", ()) if self.mesh.shape.get(m, 1) > 1)
+        return tuple(m for m in self.mesh_axes("layers") if self.mesh.shape[m] > 1)
 
     @property
     def stage_count(self) -> int:
-        return math.prod(self.mesh.shape[m] for m in self.stages)
+        return self.pieces(self.stages)
 
     @property
     def microbatch_count(self) -> int:
@@ -133,7 +146,7 @@ class Rules:
     @property
     def replicas(self) -> tuple[str, ...]:
         """The mesh axes, first in `batch` after the stages, over which rows are split and no parameter is."""
-        rows = (m for m in dict(self.table).get("batch", ()) if m in self.mesh.shape and m not in self.stages)
+        rows = (m for m in self.mesh_axes("batch") if m not in self.stages)
         others = {m for axis, wanted in self.table if axis not in ("batch", "layers") for m in wanted}
         return tuple(itertools.takewhile(lambda m: m not in others, rows))
 
@@ -150,11 +163,10 @@ class Rules:
     def spec(self, axes: Axes, shape: Sequence[int], units: Mapping[str, int] | None = None) -> PartitionSpec:
         """Where an array of `shape` with logical `axes` lives. An axis is cut only in whole units (heads) and evenly, else replicated;
         a mesh axis serves the first array axis that asks for it."""
-        table, used = dict(self.table), set[str]()
-        spec: list[Any] = []
+        used, spec = set[str](), list[Any]()
         for axis, size in zip(axes, shape, strict=True):
-            wanted = tuple(m for m in table.get(axis or "", ()) if m in self.mesh.shape and m not in used)
-            pieces = math.prod(self.mesh.shape[m] for m in wanted)
+            wanted = tuple(m for m in self.mesh_axes(axis) if m not in used)
+            pieces = self.pieces(wanted)
             if not wanted or size // (units or {}).get(axis or "", 1) % pieces or size % pieces:
                 spec.append(None)
                 continue

@@ -11,7 +11,6 @@ Axis letters: B rows, S stages, M microbatches, C = M/S that a stage keeps, b = 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,7 @@ def pipeline(stage: Stage, params: Any, rows: Any, rules: Any) -> tuple[Any, Any
     axes, M, S = rules.stages, rules.microbatch_count, rules.stage_count
     B = len(jax.tree.leaves(rows)[0])
     inside = rules.inside_stage()
-    R = math.prod(rules.mesh.shape[axis] for axis in rules.replicas)
+    R = rules.pieces(rules.replicas)
     _check(B, M, rules)
     C, b = M // S, B // M
     numbers = jnp.arange(S)
@@ -109,8 +108,8 @@ def spec_axes(entry: Any) -> tuple[str, ...]:
 def _check(rows: int, microbatches: int, rules: Any) -> None:
     if rows % microbatches:
         raise ValueError(f"a batch of {rows} rows cannot be cut into {microbatches} microbatches (Rules.microbatches) for the pipeline")
-    over = {axis: rules.mesh.shape[axis] for axis in dict(rules.table).get("batch", ()) if axis in rules.mesh.shape}
-    pieces = math.prod(n for axis, n in over.items() if axis not in rules.stages)
+    over = {axis: rules.mesh.shape[axis] for axis in rules.mesh_axes("batch")}
+    pieces = rules.pieces(axis for axis in over if axis not in rules.stages)
     if rows // microbatches % pieces:
         raise ValueError(
             f"{rows} rows in {microbatches} microbatches (Rules.microbatches) are {rows // microbatches} each, which the mesh {over} does "

@@ -11,7 +11,6 @@ Axis letters: B batch, T tokens, N query heads, K kv heads, G = N/K, H head dim 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.ops.attention import IMPLEMENTATIONS, Weights, eager, xla
+from jaxmodels.ops.pipeline import spec_axes
 
 LANES = 128  # a block of the kernel is a multiple of this in both directions
 BLOCK = 512  # the largest block: rows of queries and columns of keys
@@ -119,7 +119,7 @@ def splash(
         q, k, v, q_positions, k_positions = close_up((q, k, v, q_positions, k_positions))
     (B, T, N, _), K = q.shape, k.shape[2]
     batch, heads, seq = (None, None, None) if rules is None else rules.spec(("batch", "act_heads", "seq"), (B, N, T))
-    pieces = lambda axes: math.prod(rules.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+    pieces = lambda entry: 1 if entry is None else rules.pieces(spec_axes(entry))
     mine, G = N // pieces(heads), N // K
     if mine % G and G % mine:  # a device's queries would need parts of two groups
         heads, mine = None, N
