@@ -130,17 +130,17 @@ def _gather(doing: str, text: str, failed: bool = False) -> list[str]:
 # ---- batches -----------------------------------------------------------------------------------------------------------
 
 
-def _over_rows(rules: Rules, B: int) -> NamedSharding:
+def _check_rows(rules: Rules, B: int) -> None:
     if B % rules.row_pieces:
         raise ValueError(f"a batch of {B} rows over mesh {dict(rules.mesh.shape)}: expected a multiple of {rules.row_pieces}")
-    return rules.sharding(("batch",), (B,))
 
 
 def process_rows(rules: Rules, B: int) -> slice:
     """Which of a batch's B rows this process' devices hold. Processes that differ along another axis alone (tensor) hold the same rows.
 
     ValueError where B is no multiple of the pieces, or the rows do not lie together."""
-    indices = _over_rows(rules, B).addressable_devices_indices_map((B,)).values()
+    _check_rows(rules, B)
+    indices = rules.sharding(("batch",), (B,)).addressable_devices_indices_map((B,)).values()
     held = sorted({index[0].indices(B)[:2] for index in indices})  # type: ignore[index]
     if any(a[1] != b[0] for a, b in itertools.pairwise(held)):
         raise ValueError(f"the rows of this process do not lie together in the mesh {dict(rules.mesh.shape)}: {held}")
@@ -148,12 +148,15 @@ def process_rows(rules: Rules, B: int) -> slice:
 
 
 def global_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """{name: this process' rows [b, …], a host array} as arrays [B, …] over the mesh. Rows are as `process_rows` gives them."""
+    """{name: this process' rows [b, …], a host array} as arrays [B, …] over the mesh: rows, as `process_rows` gives them, over the axes of
+    `batch`, the second of two axes over those of `seq`."""
+    whole = process_rows(rules, rules.mesh.size)  # the share of any batch that divides
 
     def one(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        whole = process_rows(rules, rules.mesh.size)  # the share of any batch that divides
-        B = len(rows) * rules.mesh.size // (whole.stop - whole.start)
-        return jax.make_array_from_process_local_data(_over_rows(rules, B), rows, (B, *rows.shape[1:]))
+        shape = (len(rows) * rules.mesh.size // (whole.stop - whole.start), *rows.shape[1:])
+        _check_rows(rules, shape[0])
+        axes = ("batch", "seq") if rows.ndim == 2 else ("batch", *[None] * (rows.ndim - 1))
+        return jax.make_array_from_process_local_data(rules.sharding(axes, shape), rows, shape)
 
     return {name: one(rows) for name, rows in batch.items()}

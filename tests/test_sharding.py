@@ -86,8 +86,10 @@ def test_rows_of_one_process(mesh):
     assert process_rows(rules, 6) == slice(0, 6)
     rows = np.arange(24).reshape(6, 4)
     batch = global_batch(rules, {"input_ids": rows})["input_ids"]
-    assert batch.shape == (6, 4) and batch.sharding.spec == P("fsdp")
+    assert batch.shape == (6, 4) and batch.sharding.spec == P("fsdp", None)
     np.testing.assert_array_equal(to_host({"x": batch})["x"], rows)
+    both = Rules.preset("sequence", make_mesh(fsdp=2, sequence=4))
+    assert global_batch(both, {"input_ids": rows})["input_ids"].sharding.spec == P("fsdp", "sequence")
     for call in (lambda: process_rows(rules, 5), lambda: global_batch(rules, {"input_ids": rows[:5]})):
         with pytest.raises(ValueError, match=r"a batch of 5 rows over mesh .*: expected a multiple of 2"):
             call()

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxmodels.ops.loss import IGNORE
+from jaxmodels.sharding.processes import global_batch
 from jaxmodels.training.collators import draws
 
 Arrays = dict[str, np.ndarray]
@@ -249,14 +250,11 @@ def batch_devices(model: Any) -> int:
 
 
 def put(model: Any, batch: Batch) -> dict[str, jax.Array]:
-    """The whole batch on the model's devices: rows over its batch axes, tokens over those of `seq`."""
-    arrays = {name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in batch.arrays.items()}
-    if model.rules is None:
-        return {name: jax.device_put(array) for name, array in arrays.items()}
-
-    def place(array: np.ndarray) -> jax.Array:
-        shape = (batch.rows, *array.shape[1:])
-        axes = ("batch", "seq" if array.ndim == 2 else None, *[None] * array.ndim)[: array.ndim]
-        return jax.make_array_from_process_local_data(model.rules.sharding(axes, shape), array, shape)
-
-    return {name: place(array) for name, array in arrays.items()}
+    """The whole batch on the model's devices, as global_batch puts it there; on every one what does not divide, which one process may
+    have at the end of an epoch."""
+    rules, arrays = model.rules, {name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in batch.arrays.items()}
+    if rules is None:
+        return jax.device_put(arrays)
+    if jax.process_count() == 1 and batch.rows % rules.row_pieces:
+        return jax.device_put(arrays, rules.sharding((), ()))
+    return global_batch(rules, arrays)
