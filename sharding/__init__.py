@@ -1,7 +1,7 @@
 """Meshes and logical-axis rules."""
 
 from jaxmodels.sharding.explain import explain
-from jaxmodels.sharding.processes import ProcessError, agree, global_batch, lockstep, process_rows, to_host
+from jaxmodels.sharding.processes import ProcessError, agree, global_batch, lockstep, process_rows, process_share, to_host
 from jaxmodels.sharding.rules import PRESETS, Rules, make_mesh, resolve_rules
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "lockstep",
     "make_mesh",
     "process_rows",
+    "process_share",
     "resolve_rules",
     "to_host",
 ]

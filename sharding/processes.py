@@ -143,18 +143,37 @@ def process_rows(rules: Rules, B: int) -> slice:
     indices = rules.sharding(("batch",), (B,)).addressable_devices_indices_map((B,)).values()
     held = sorted({index[0].indices(B)[:2] for index in indices})  # type: ignore[index]
     if any(a[1] != b[0] for a, b in itertools.pairwise(held)):
-        raise ValueError(f"the rows of this process do not lie together in the mesh {dict(rules.mesh.shape)}: {held}")
+        raise ValueError(
+            f"the rows of this process do not lie together in the mesh {dict(rules.mesh.shape)}: {held}; they do where the mesh has its "
+            f"axes in the order {', '.join(rules.mesh_axes('batch'))}"
+        )
     return slice(held[0][0], held[-1][1])
+
+
+def process_share(rules: Rules | None) -> tuple[int, int]:
+    """(i, n): this process brings the i-th of n equal shares of the rows of every batch. Processes that hold the same rows have the same i.
+
+    ValueError where a mesh gives processes unequal shares, or as process_rows."""
+    if rules is None:
+        return 0, 1
+    rows = process_rows(rules, rules.row_pieces)
+    held = rows.stop - rows.start
+    if rows.start % held or rules.row_pieces % held:
+        raise ValueError(
+            f"of {rules.row_pieces} parts of a batch this process holds {rows.start} to {rows.stop - 1} in the mesh "
+            f"{dict(rules.mesh.shape)}: expected equal shares; choose sizes that cut the devices between the processes"
+        )
+    return rows.start // held, rules.row_pieces // held
 
 
 def global_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """{name: this process' rows [b, …], a host array} as arrays [B, …] over the mesh: rows, as `process_rows` gives them, over the axes of
     `batch`, the second of two axes over those of `seq`."""
-    whole = process_rows(rules, rules.mesh.size)  # the share of any batch that divides
+    _, shares = process_share(rules)
 
     def one(rows: Any) -> jax.Array:
         rows = np.asarray(rows)
-        shape = (len(rows) * rules.mesh.size // (whole.stop - whole.start), *rows.shape[1:])
+        shape = (len(rows) * shares, *rows.shape[1:])
         _check_rows(rules, shape[0])
         axes = ("batch", "seq") if rows.ndim == 2 else ("batch", *[None] * (rows.ndim - 1))
         return jax.make_array_from_process_local_data(rules.sharding(axes, shape), rows, shape)

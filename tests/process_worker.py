@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ import numpy as np
 import optax
 
 import jaxmodels as jm
+from jaxmodels.cli.train import referenced
 from jaxmodels.convert import files, orbax, remote, sharded
-from jaxmodels.sharding import global_batch, process_rows, to_host
+from jaxmodels.sharding import global_batch, process_rows, process_share, to_host
+from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from jaxmodels.training.batches import Stream
 from jaxmodels.training.checkpoints import Checkpoints, describe, restore
 
 MESH = {"fsdp": 4, "tensor": 2}
@@ -137,6 +141,42 @@ def everything(process, directory, url):
     Path(directory, f"told{process}.json").write_text(json.dumps({"told": told, "asked": asked, "held": held}))
 
 
+TRAINER = {"tensor across processes": {"tensor": 2, "fsdp": 2}, "rows across processes": {"fsdp": 2, "tensor": 2}}
+
+
+def trained(directory, path, mesh):
+    """The losses of two epochs of 13 examples, what the model then generates for 11, and its log-probabilities for 5 pairs."""
+    model, params = jm.AutoModelForCausalLM.from_pretrained(path, mesh=jm.make_mesh(jax.devices()[:4], **mesh))
+    rng = np.random.default_rng(3)
+    rows = [{"input_ids": row, "labels": row} for row in rng.integers(3, 97, (13, 12)).astype(np.int32)]
+    options = {"num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
+    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "all"}
+    options |= {"predict_with_generate": True, "generation_max_length": 16}
+    trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    predicted = trainer.predict(rows[:11])
+    pair = lambda i: {"chosen_input_ids": rows[i]["input_ids"], "rejected_input_ids": rows[i + 6]["input_ids"][:7]}
+    pairs = [pair(i) | {name.replace("input_ids", "labels"): ids for name, ids in pair(i).items()} for i in range(5)]
+    settings = SimpleNamespace(dpo=SimpleNamespace(loss_type="sigmoid"), training=trainer.args)
+    found = referenced(settings, model, trainer.params, DataCollatorForPreference(0), pairs)
+    stream = Stream([], labels=["labels"], rules=model.rules).make({"input_ids": np.zeros((4, 12), np.int32)})
+    return {
+        "share": process_share(model.rules),
+        "stream": [stream.rows, stream.real],
+        "losses": losses,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "generated": predicted.predictions,
+        "labels": predicted.label_ids,
+        "reference": [[one["reference_chosen_logps"], one["reference_rejected_logps"]] for one in found],
+    }
+
+
+def trainers(process, directory, path):
+    for name, mesh in TRAINER.items():
+        np.savez(f"{directory}/{name}{process}.npz", **trained(directory, path, mesh))
+
+
 def filled(spec):
     numbers = np.random.default_rng(spec.size).standard_normal(spec.shape, np.float32)
     return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: numbers[index])
@@ -191,4 +231,4 @@ if __name__ == "__main__":
     seconds = 3 if task == "killed" else 10
     timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": seconds}
     jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
-    {"everything": everything, "families": families, "killed": killed}[task](int(process), directory, *arguments)
+    {"everything": everything, "families": families, "killed": killed, "trainers": trainers}[task](int(process), directory, *arguments)

@@ -109,6 +109,22 @@ def test_several_processes_do_what_one_does(checkpoint, alone, tmp_path, count):
     np.testing.assert_array_equal(torch_model.model.layers[1].self_attn.k_proj.weight.detach(), found["trained"])
 
 
+def test_trainers_of_two_processes_do_what_one_does(checkpoint, tmp_path):
+    """Whether the processes have other rows or other parts of the same rows; examples are padded, and none is there twice."""
+    Job("trainers", tmp_path, 2, 2, checkpoint / "model").finish()
+    alone = process_worker.trained(tmp_path, checkpoint / "model", {"fsdp": 2, "tensor": 2})
+    assert alone["tokens"] == 2 * 16 * 12 and len(alone["losses"]) == 8 and len(alone["generated"]) == 11 and len(alone["reference"]) == 5
+    for name in process_worker.TRAINER:
+        for process in range(2):
+            found = np.load(tmp_path / f"{name}{process}.npz")
+            shares = 1 if name.startswith("tensor") else 2
+            assert found["share"].tolist() == [process % shares, shares] and found["stream"].tolist() == [4 * shares] * 2
+            for key in ("tokens", "generated", "labels"):
+                np.testing.assert_array_equal(found[key], alone[key], key)
+            for key in ("losses", "reference"):
+                np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, err_msg=key)
+
+
 @pytest.mark.slow
 def test_every_way_that_a_file_differs_from_the_tree(tmp_path):
     Job("families", tmp_path, 2, 4).finish()

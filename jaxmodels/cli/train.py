@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmodels.auto import AutoConfig, AutoModelForCausalLM
 from jaxmodels.cli.settings import Settings, Source, read_settings
 from jaxmodels.processing import AutoTokenizer
-from jaxmodels.sharding import make_mesh, resolve_rules
+from jaxmodels.sharding import make_mesh, process_share, resolve_rules
 from jaxmodels.training.batches import batch_devices
 from jaxmodels.training.checkpoints import get_last_checkpoint
 from jaxmodels.training.collators import DataCollatorForPreference, DataCollatorForSeq2Seq, default_data_collator
@@ -138,18 +138,12 @@ def language_data(settings: Settings, tokenizer: Any, model: Any, params: Any) -
     if len(parts) == 1 and not on_the_fly:
         return found | {"train_dataset": parts[0]}
     seed = training.seed if training.data_seed is None else training.data_seed
-    mixed, rows = mixture(parts, [source.weight for source in data.train], seed=seed), rows_of_process(settings, model)
+    index, shares = process_share(model.rules)
+    weights = [source.weight for source in data.train]
+    mixed = mixture(parts, weights, seed=seed, process_index=index, process_count=shares)
+    rows = training.per_device_train_batch_size * batch_devices(model) * training.gradient_accumulation_steps // shares
     stream = packed_batches(mixed, rows, seed=seed, **pack) if on_the_fly else batches(mixed, rows, collator)
     return found | {"train_dataset": stream}
-
-
-def rows_of_process(settings: Settings, model: Any) -> int:
-    """How many rows this process brings to a step."""
-    training = settings.training
-    rows = training.per_device_train_batch_size * batch_devices(model) * training.gradient_accumulation_steps
-    if rows % jax.process_count():
-        raise ValueError(f"a step has {rows} rows, which {jax.process_count()} processes cannot share evenly")
-    return int(rows // jax.process_count())
 
 
 def dpo_data(settings: Settings, tokenizer: Any, model: Any, params: Any) -> dict[str, Any]:

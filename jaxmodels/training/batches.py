@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jaxmodels.ops.loss import IGNORE
-from jaxmodels.sharding.processes import global_batch
+from jaxmodels.sharding.processes import global_batch, process_share
+from jaxmodels.sharding.rules import Rules
 from jaxmodels.training.collators import draws
 
 Arrays = dict[str, np.ndarray]
@@ -88,8 +89,9 @@ def example_lengths(dataset: Any, column: str) -> list[int]:
 class Dataset:
     """Batches of `rows` of a dataset with a length, epoch by epoch: an order that depends on the seed and the epoch alone.
 
-    Over several processes every batch is cut into as many equal pieces, in order. What an epoch leaves over is a batch of the same shape
-    whose other rows do not count, where labels can say so, else a smaller batch. part: rows of one part of an accumulated batch."""
+    Over several processes each makes the rows of a batch that its devices hold under the rules. What an epoch leaves over is a batch of
+    the same shape whose other rows do not count, where labels can say so, else a smaller batch. part: rows of one part of an accumulated
+    batch."""
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Dataset:
         *,
         collator: Collator,
         labels: Sequence[str],
+        rules: Rules | None = None,
         columns: set[str] | None = None,
         strategy: str = "sequential",
         seed: int = 0,
@@ -108,8 +111,9 @@ class Dataset:
     ):
         if not len(dataset):
             raise ValueError("the dataset is empty")
-        if rows % jax.process_count():
-            raise ValueError(f"a batch of {rows} rows cannot be shared by {jax.process_count()} processes")
+        self.piece, self.pieces = process_share(rules)  # which of how many pieces of a batch this process makes
+        if rows % self.pieces:
+            raise ValueError(f"a batch of {rows} rows cannot be cut into {self.pieces} equal shares for the processes")
         self.dataset, self.rows, self.labels, self.columns, self.pad = dataset, rows, labels, columns, pad
         self.collator, self.strategy, self.seed = collator, strategy, seed
         self.lengths = example_lengths(dataset, length_column) if strategy == "group_by_length" else None
@@ -136,16 +140,16 @@ class Dataset:
             yield self.make(numbers)
 
     def make(self, numbers: np.ndarray) -> Batch:
-        processes, process = jax.process_count(), jax.process_index()
         padded = np.concatenate([numbers, np.repeat(numbers[:1], self.rows - len(numbers))])
-        if len(numbers) < self.rows and processes == 1 and not self.pad:
+        if len(numbers) < self.rows and jax.process_count() == 1 and not self.pad:
             padded = numbers
-        per = len(padded) // processes
-        mine = padded[process * per : (process + 1) * per]
-        real = max(0, min(per, len(numbers) - process * per))
+        per = len(padded) // self.pieces
+        first = self.piece * per
+        mine = padded[first : first + per]
+        real = max(0, min(per, len(numbers) - first))
         arrays = self.collate(mine)
         if real < per and not can_mask(arrays, self.labels):
-            if processes > 1:
+            if jax.process_count() > 1:
                 raise ValueError("the last batch of the epoch cannot be padded, as its labels cannot be left out: set dataloader_drop_last")
             arrays, padded = self.collate(numbers), numbers
         elif real < per:
@@ -163,8 +167,8 @@ class Dataset:
                     f"an example has {', '.join(self.dataset[int(numbers[0])])}, nothing of which the model takes; "
                     "remove_unused_columns=False keeps them for the collator"
                 )
-        # each process draws for its own rows
-        step = {"step": self.number * jax.process_count() + jax.process_index()} if draws(self.collator) else {}
+        # each share of the rows has draws of its own
+        step = {"step": self.number * self.pieces + self.piece} if draws(self.collator) else {}
         return {name: np.asarray(value) for name, value in self.collator(examples, **step).items()}
 
     def share(self, max_steps: int) -> float:
@@ -190,13 +194,14 @@ class Dataset:
 
 
 class Stream:
-    """Batches that an iterable makes: each, over all processes, is one step's. Its iterator's get_state and set_state are the position;
-    without them resuming skips the batches that were read."""
+    """Batches that an iterable makes: this process's share (process_share) of each step's rows. Its iterator's get_state and set_state are
+    the position; without them resuming skips the batches that were read."""
 
     examples: int | None = None
 
-    def __init__(self, iterable: Any, *, labels: Sequence[str]):
+    def __init__(self, iterable: Any, *, labels: Sequence[str], rules: Rules | None = None):
         self.iterable, self.labels = iterable, labels
+        _, self.pieces = process_share(rules)
         self.steps = len(iterable) if hasattr(iterable, "__len__") else None
         self.iterator: Any = None
         self.read = self.rows = 0
@@ -223,8 +228,8 @@ class Stream:
         if real < self.rows and can_mask(arrays, self.labels):
             arrays = {name: np.concatenate([a, np.repeat(a[:1], self.rows - real, 0)]) for name, a in arrays.items()}
             arrays = mask_rows(arrays, np.arange(self.rows) < real, self.labels)
-        rows = len(next(iter(arrays.values()))) * jax.process_count()
-        return Batch(arrays, rows, real * jax.process_count(), f"batch {self.read} of the iterable's pass")
+        rows = len(next(iter(arrays.values()))) * self.pieces
+        return Batch(arrays, rows, real * self.pieces, f"batch {self.read} of the iterable's pass")
 
     def position(self) -> dict[str, Any]:
         state = self.iterator.get_state() if hasattr(self.iterator, "get_state") else None

@@ -205,9 +205,9 @@ class Run:
         state.global_step += 1
         state.epoch = self.epoch + self.source.share(state.max_steps)
         padding = args.include_num_input_tokens_seen == "all"
-        state.num_input_tokens_seen += input_tokens(batch.arrays, padding=padding) * jax.process_count()
+        state.num_input_tokens_seen += input_tokens(batch.arrays, padding=padding) * self.source.pieces
         state.total_flos += flops
-        self.meter.add(input_tokens(batch.arrays) * jax.process_count(), flops)
+        self.meter.add(input_tokens(batch.arrays) * self.source.pieces, flops)
         self.waiting.append((state.global_step, batch.name, metrics))
         self._collect(leave=1)
         if self.meter.begun is None:

@@ -184,8 +184,9 @@ class Trainer:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             if order.get("strategy") == "group_by_length":
                 raise ValueError("group_by_length needs a dataset with a length; an iterable makes its own batches")
-            return Stream(dataset, labels=labels)
-        return Dataset(dataset, rows, collator=self.data_collator, labels=labels, columns=self.columns, **order)
+            return Stream(dataset, labels=labels, rules=self.model.rules)
+        options = {"collator": self.data_collator, "labels": labels, "rules": self.model.rules, "columns": self.columns}
+        return Dataset(dataset, rows, **options, **order)
 
     # ---- Training ------------------------------------------------------------------------------------------------------
 
