@@ -25,8 +25,8 @@ from shapes import paired
 
 import jaxmodels as jm
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.sharding.chips import chip_of
 from jaxmodels.sharding.flops import count_flops
-from jaxmodels.sharding.plan import CHIPS
 from jaxmodels.training import create_train_state, make_train_step
 
 LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32, "rope_theta": 500000.0}
@@ -35,20 +35,6 @@ SHAPES = {
     "llama-3.2-1b": LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-GPUS = (  # part of jax.Device.device_kind -> FLOP/s of dense bfloat16, bytes/s of memory, as NVIDIA's data sheets have them; first match
-    ("H200", 989e12, 4.8e12),
-    ("H100 PCIe", 756e12, 2.0e12),
-    ("H100", 989e12, 3.35e12),
-    ("A100-SXM4-40GB", 312e12, 1.555e12),
-    ("A100", 312e12, 2.039e12),
-)
-
-
-def peaks(kind: str) -> tuple[float, float] | None:
-    """FLOP/s and bytes/s of a device kind, None where they are not known."""
-    if kind in CHIPS:
-        return CHIPS[kind].flops, CHIPS[kind].bandwidth
-    return next(((flops, bandwidth) for name, flops, bandwidth in GPUS if name in kind), None)
 
 
 def build(shape: str, **options: Any) -> LlamaForCausalLM:
@@ -131,13 +117,13 @@ def main(arguments: list[str] | None = None) -> str:
     args = parser.parse_args(arguments)
     device = jax.devices()[0]
     shape = args.shape or ("tiny" if device.platform == "cpu" else "llama-3-8b")
-    known = peaks(device.device_kind)
-    peak = f"{known[0] / 1e12:.0f} TFLOP/s, {known[1] / 1e9:.0f} GB/s" if known else "peaks not known"
+    chip = chip_of(device.device_kind)
+    peak = f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s" if chip else "peaks not known"
     lines = [f"{device.device_kind} ({peak}), bfloat16, jax {version('jax')}, flax {version('flax')}", ""]
     lines += ["| job | tokens/s | TFLOP/s | GB/s | share of the peak |", "|---|---|---|---|---|"]
     for name in args.only.split(","):
         for job, tokens, work, moved in JOBS[name](shape, shape == "tiny", args.rounds):
-            share = f"{100 * (work / known[0] if work else moved / known[1]):.1f} %" if known else ""
+            share = f"{100 * (work / chip.flops if work else moved / chip.bandwidth):.1f} %" if chip else ""
             number = lambda value, unit: "" if value is None else f"{value / unit:.1f}"
             lines.append(f"| {job} | {tokens:.1f} | {number(work, 1e12)} | {number(moved, 1e9)} | {share} |")
     table = "\n".join(lines)

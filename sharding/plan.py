@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxmodels.cache import cache_shardings, init_cache
 from jaxmodels.params import abstract_params, count_params
+from jaxmodels.sharding.chips import CHIPS, Chip, chip_of
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import Program, analyse
 from jaxmodels.sharding.rules import Rules, make_mesh
@@ -29,28 +30,6 @@ JOBS = ("train", "prefill", "decode")
 LIBTPU = (
     "TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_LOG_DIR=disabled ALLOW_MULTIPLE_LIBTPU_LOAD=1"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Public peaks of one JAX device (docs.cloud.google.com/tpu/docs). flops: bfloat16 a second; hbm: bytes; bandwidth: of HBM, bytes a
-    second; link: bytes a second around one axis of the torus, both ways."""
-
-    name: str
-    flops: float
-    hbm: float
-    bandwidth: float
-    link: float
-
-
-GiB = 2**30
-CHIPS = {  # by jax.Device.device_kind; a v4 or tpu7x chip is two devices
-    "TPU v4": Chip("half a v4", 137.5e12, 16 * GiB, 614e9, 50e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GiB, 819e9, 100e9),
-    "TPU v5": Chip("v5p", 459e12, 95 * GiB, 2765e9, 200e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GiB, 1638e9, 200e9),
-    "TPU7x": Chip("half a tpu7x", 1153.5e12, 96 * GiB, 3690e9, 100e9),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +179,9 @@ def plan(
     if job not in JOBS:
         raise ValueError(f"job {job!r} is none of {', '.join(JOBS)}")
     devices = topology_devices(topology)
-    kind = devices[0].device_kind
-    if kind not in CHIPS:
-        raise ValueError(f"no peaks are known for {kind!r}; known are {', '.join(CHIPS)}")
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"no peaks are known for {devices[0].device_kind!r}; known are {', '.join(CHIPS)}")
     laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
     cls = AutoModelForCausalLM.class_for(config)
     attention = "splash" if job != "decode" and flash_suffices(cls(config)) else None
@@ -215,7 +194,7 @@ def plan(
     share = _own_rows(laid)
     flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
     shape: dict[str, Any] = {
-        "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": CHIPS[kind], "batch": batch,
+        "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": chip, "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
         "microbatches": laid.microbatch_count,
     }  # fmt: skip

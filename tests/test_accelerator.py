@@ -3,9 +3,13 @@
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+
+from jaxmodels.sharding.chips import chip_of
+from jaxmodels.training.meter import peak_flops
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +42,22 @@ def test_work(accelerator):
     [
         ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12),
         ("NVIDIA H100 PCIe", 756e12, 2e12),
+        ("NVIDIA H100 NVL", 835e12, 3.9e12),
         ("NVIDIA H200", 989e12, 4.8e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 1.555e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 2.039e12),
+        ("NVIDIA A100 80GB PCIe", 312e12, 1.935e12),
+        ("TPU v5", 459e12, 2765e9),
         ("TPU v5 lite", 197e12, 819e9),
         ("TPU v6 lite", 918e12, 1638e9),
     ],
 )
-def test_peaks(accelerator, kind, flops, bandwidth):
-    assert accelerator.peaks(kind) == (flops, bandwidth)
-    assert accelerator.peaks("cpu") is None
+def test_peaks(kind, flops, bandwidth):
+    chip = chip_of(kind)
+    assert (chip.flops, chip.bandwidth) == (flops, bandwidth)
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == flops  # so that a training run shows its MFU
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GH200 480GB"])
+def test_peaks_that_are_not_known(kind):
+    assert chip_of(kind) is None and peak_flops(SimpleNamespace(device_kind=kind)) is None

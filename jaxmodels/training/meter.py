@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmodels.sharding.chips import chip_of
 from jaxmodels.sharding.flops import count_flops
 
 
@@ -28,9 +29,7 @@ def input_tokens(arrays: Mapping[str, np.ndarray], *, padding: bool = False) -> 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Of one device a second, in bfloat16, where it is known."""
-    from jaxmodels.sharding.plan import CHIPS
-
-    chip = CHIPS.get(device.device_kind)
+    chip = chip_of(device.device_kind)
     return chip.flops if chip else None
 
 
