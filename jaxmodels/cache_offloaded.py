@@ -34,7 +34,7 @@ class OffloadedKVSpec:
     full: KVSpec
 
     def init(self, batch: int, slots: int, dtype: Any, *, layers: int | None, heads_first: bool) -> OffloadedKV:
-        return OffloadedKV(to_host(self.full.init(batch, slots, dtype, layers=layers, heads_first=False)))
+        return OffloadedKV(to_host_memory(self.full.init(batch, slots, dtype, layers=layers, heads_first=False)))
 
 
 class OffloadedKV(struct.PyTreeNode):
@@ -56,7 +56,7 @@ class OffloadedKV(struct.PyTreeNode):
         def write(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
             if step.fresh:
                 return write_slots(old, jnp.pad(new, ((0, 0), (0, size - T), (0, 0), (0, 0))), 0, False, step.layer), new
-            whole = to_device(at_layer(old, step.layer))
+            whole = to_device_memory(at_layer(old, step.layer))
             whole = lax.dynamic_update_slice_in_dim(whole, new.astype(whole.dtype), step.index, 1)
             return write_slots(old, lax.dynamic_slice_in_dim(whole, start, size, 1), start, False, step.layer), whole
 
@@ -65,15 +65,15 @@ class OffloadedKV(struct.PyTreeNode):
         return OffloadedKV(kv.replace(k=new_k, v=new_v)), k, v, step.key_positions
 
     def resize(self, slots: int) -> OffloadedKV:
-        return OffloadedKV(to_host(to_device(self.kv).resize(slots)))
+        return OffloadedKV(to_host_memory(to_device_memory(self.kv).resize(slots)))
 
     def take(self, rows: jax.Array) -> OffloadedKV:
-        return OffloadedKV(to_host(to_device(self.kv).take(rows)))
+        return OffloadedKV(to_host_memory(to_device_memory(self.kv).take(rows)))
 
 
-def to_host(tree: Any) -> Any:
+def to_host_memory(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
 
 
-def to_device(tree: Any) -> Any:
+def to_device_memory(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
