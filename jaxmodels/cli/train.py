@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.auto import AutoConfig, AutoModelForCausalLM
 from jaxmodels.cli.settings import Settings, Source, read_settings
 from jaxmodels.processing import AutoTokenizer
-from jaxmodels.sharding import make_mesh, process_share, resolve_rules
+from jaxmodels.sharding import make_mesh, process_share, resolve_rules, to_host
 from jaxmodels.training.batches import batch_devices
 from jaxmodels.training.checkpoints import get_last_checkpoint
 from jaxmodels.training.collators import DataCollatorForPreference, DataCollatorForSeq2Seq, default_data_collator
@@ -169,7 +168,7 @@ def referenced(settings: Settings, model: Any, params: Any, collator: Any, pairs
         batch = collator([*part, *part[:1] * (rows - len(part))])
         if model.rules is not None:
             batch = jax.device_put(batch, NamedSharding(model.rules.mesh, PartitionSpec()))
-        logps = process_allgather(reference(params, batch), tiled=True)
+        logps = to_host(reference(params, batch))
         found += [pair | {name: np.float32(value[j]) for name, value in logps.items()} for j, pair in enumerate(part)]
     return found
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.ops.loss import IGNORE
+from jaxmodels.sharding.processes import to_host
 from jaxmodels.training.batches import put
 from jaxmodels.training.step import Loss, Metrics
 
@@ -103,7 +104,7 @@ def evaluation_loop(trainer: Any, source: Any, prediction_loss_only: bool, prefi
         if not prediction_loss_only:
             given = one_or_all([inputs[name] for name in trainer.label_names if name in inputs])
             shown = inputs.get("input_ids") if "inputs" in args.include_for_metrics else None
-            arrays = on_host({"predictions": predicted, "label_ids": given, "inputs": shown}, batch.real)
+            arrays = first_rows({"predictions": predicted, "label_ids": given, "inputs": shown}, batch.real)
             if by_batch:
                 computed = trainer.compute_metrics(_prediction(trainer, arrays, measured[-1:]), compute_result=following is None)
             else:
@@ -141,13 +142,9 @@ def one_or_all(found: Sequence[Any]) -> Any:
     return None if not found else found[0] if len(found) == 1 else tuple(found)
 
 
-def on_host(tree: Any, rows: int) -> Any:
-    """numpy arrays of the first `rows` rows, of all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        tree = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:rows] if np.ndim(leaf) else np.asarray(leaf)[None], tree)
+def first_rows(tree: Any, rows: int) -> Any:
+    """The first `rows` rows as numpy arrays, on every process."""
+    return jax.tree.map(lambda leaf: leaf[:rows] if np.ndim(leaf) else np.asarray(leaf)[None], to_host(tree))
 
 
 def joined(batches: Sequence[Any]) -> Any:
