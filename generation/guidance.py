@@ -33,9 +33,6 @@ class GuidedCache(Cache, kw_only=True):
     def reorder(self, rows: jax.Array, start: jax.Array, stop: jax.Array) -> GuidedCache:
         return _guided(self.plain().reorder(self._both(rows), start, stop), self.unconditional[rows])
 
-    def forget(self, emptied: jax.Array) -> GuidedCache:
-        return _guided(self.plain().forget(jnp.concatenate([emptied, emptied])), self.unconditional)
-
     def _both(self, rows: jax.Array) -> jax.Array:
         return jnp.concatenate([rows, rows + len(self.unconditional)])
 

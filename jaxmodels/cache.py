@@ -168,8 +168,8 @@ class SlidingKV(struct.PyTreeNode):
 
     def holds(self, lengths: jax.Array, now: jax.Array) -> jax.Array:
         """bool []: whether `rewind` from lengths `now` [B] leaves every row the whole window."""
-        dropped = jnp.maximum(now - self.positions.shape[-1], 0)
-        return ((lengths >= now) | (dropped <= jnp.maximum(lengths - self.window, 0))).all()
+        oldest = jnp.where(self.positions < 0, now[:, None], self.positions).min(-1)
+        return ((lengths >= now) | (oldest <= jnp.maximum(lengths - self.window, 0))).all()
 
     def take(self, rows: jax.Array) -> SlidingKV:
         axis = self.next.ndim
@@ -336,18 +336,13 @@ class Cache(struct.PyTreeNode):
         """Whether a layer's state cannot give back a token that it has read."""
         return any(isinstance(state, Recurrent) for state in self.layers)
 
-    def forget(self, emptied: jax.Array) -> Cache:
-        """Empty the slots where `emptied` [B,S] is true: rejected drafts, tokens written after a row was finished."""
-        self._check_forgets()
-        return self.replace(positions=jnp.where(emptied, -1, self.positions))
-
     def crop(self, max_length: int) -> Cache:
         """The first max_length tokens of every row, or all but its last so many where the number is negative; slots that no row needs any
         more are free again. ValueError where a layer has lost what the shorter text sees: a window that moved on, a recurrent state."""
         now = self.lengths
         lengths = jnp.maximum(now + max_length, 0) if max_length < 0 else jnp.minimum(now, max_length)
-        held = jnp.array([state.holds(lengths, now) for state in self.layers if hasattr(state, "holds")], bool)
-        if held.size and (isinstance(held, jax.core.Tracer) or not held.all()):
+        held = self._held(lengths)
+        if held is not None and (isinstance(held, jax.core.Tracer) or not held):
             raise ValueError(
                 f"layers over a window keep nothing from before it, so this cache cannot be cropped to {max_length} (inside jit, where the "
                 "lengths are not known, never): keep an earlier cache, which is not used up"
@@ -356,9 +351,17 @@ class Cache(struct.PyTreeNode):
         return self.rewind(lengths, jnp.where(kept.any(0), jnp.arange(1, self.slots + 1, dtype=jnp.int32), 0).max())
 
     def rewind(self, lengths: jax.Array, index: jax.Array) -> Cache:
-        """Without the tokens at positions lengths [B] and above; `index` []: the next slot to write, no token is left in it or behind.
-        Layers over a window need `spare` slots for this."""
-        self._check_forgets()
+        """Without the tokens at positions lengths [B] and above (rejected drafts, what a row read after its end); `index` []: the next slot
+        to write, no token is left in it or behind. Layers over a window need `spare` slots for this: ValueError where they have lost what
+        the shorter text sees; inside jit, where the lengths are not known, the caller sees to it."""
+        if self.recurrent:
+            raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
+        held = self._held(lengths)
+        if held is not None and not isinstance(held, jax.core.Tracer) and not held:
+            raise ValueError(
+                "layers over a window have lost tokens that come into it again when so many are taken back: `spare(tokens)` before these "
+                "are read keeps as many more, or keep an earlier cache, which is not used up"
+            )
         layers = tuple(state.rewind(lengths) if hasattr(state, "rewind") else state for state in self.layers)
         return self.replace(layers=layers, positions=jnp.where(self.positions < lengths[:, None], self.positions, -1), index=index)
 
@@ -374,9 +377,10 @@ class Cache(struct.PyTreeNode):
         positions = jnp.take_along_axis(self.positions, order, 1)
         return self.replace(layers=layers, positions=positions, index=(positions >= 0).sum(1, dtype=jnp.int32).max())
 
-    def _check_forgets(self) -> None:
-        if self.recurrent:
-            raise ValueError("a recurrent state cannot forget tokens: go on from a cache from before them")
+    def _held(self, lengths: jax.Array) -> jax.Array | None:
+        """bool []: whether layers over a window have what texts of lengths [B] see; None where there are no such layers."""
+        held = [state.holds(lengths, self.lengths) for state in self.layers if hasattr(state, "holds")]
+        return jnp.array(held).all() if held else None
 
 
 class LayerSpec(Protocol):

@@ -280,5 +280,30 @@ def test_a_cache_gives_back_slots_and_tokens():
     once = read(ids[:, 6:10], np.arange(4) < kept[:, None], cache).cache
     more = [read(np.full((2, 1), 7), np.ones((2, 1), int), c).logits for c in (back, once)]
     np.testing.assert_allclose(*more, atol=1e-5)
+
+
+@pytest.mark.parametrize(("spare", "late"), [(0, 0), (2, 0), (0, 2)])
+def test_a_window_gives_back_what_it_can_and_says_what_it_cannot(spare, late):
+    """Layers over 5 tokens that have read 9, with room to spare before or, too late, after that: no number of tokens taken back changes
+    the next logits silently."""
+    model, params = family("mistral", True)
+    step = jax.jit(model.apply)
+    ids = np.random.default_rng(1).integers(3, 60, (2, 10))
+    read = lambda ids, cache, **mask: step({"params": params}, ids, cache=cache, **mask)
+    whole = read(ids[:, :9], init_cache(model, 2, 12).spare(spare)).cache
+    whole = whole.spare(late) if late else whole
+    for taken in ([0, 0], [2, 0], [1, 2], [0, 3], [9, 9]):
+        lengths = 9 - np.array(taken)
+        if max(taken) > spare:
+            with pytest.raises(ValueError, match="layers over a window have lost tokens"):
+                whole.rewind(lengths, whole.index)
+            continue
+        got = read(ids[:, 9:], whole.rewind(lengths, whole.index))
+        once = read(ids[:, :9], init_cache(model, 2, 12), attention_mask=(np.arange(9) < lengths[:, None]).astype(int)).cache
+        np.testing.assert_allclose(got.logits, read(ids[:, 9:], once).logits, atol=1e-5)
+        np.testing.assert_array_equal(got.cache.lengths, lengths + 1)
+
+
+def test_recurrent_states_give_nothing_back():
     with pytest.raises(ValueError, match="recurrent state cannot forget"):
         init_cache(family("mamba", False)[0], 1, 4).rewind(np.array([2]), np.int32(2))

@@ -67,4 +67,4 @@ def test_rows_and_room_of_a_mixed_cache(scan_layers):
         else:
             assert new.positions.shape[-1] == SHAPE["attention_window_size"]
     with pytest.raises(ValueError, match="a recurrent state cannot forget tokens"):
-        cache.forget(cache.positions == 3)
+        cache.rewind(cache.lengths, cache.index)
