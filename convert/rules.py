@@ -76,12 +76,14 @@ def fill(pattern: str, texts: Sequence[str], number: int | None = None) -> str:
 
 
 class Op:
-    """One rule. `forward`: file -> tree, `inverse`: tree -> file, both on {key: Tensor}, in order, without reading."""
+    """One rule, on {key: Tensor}, in order, without reading. A subclass has both directions."""
 
     def forward(self, tensors: Tensors) -> Tensors:
+        """File -> tree."""
         raise NotImplementedError
 
     def inverse(self, tensors: Tensors) -> Tensors:
+        """Tree -> file."""
         raise NotImplementedError
 
     def _same_wildcards(self, *patterns: str) -> None:

@@ -134,7 +134,7 @@ def _(tensor: JaxTensor) -> list[Region]:
 def _shards(sharding: Any, shape: tuple[int, ...]) -> list[Region]:
     found: dict[tuple[tuple[int, int], ...], tuple[Index, set[int]]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        index = full_index(index, shape)  # type: ignore[arg-type]
+        index = full_index(index, shape)
         found.setdefault(tuple((s.start, s.stop) for s in index), (index, set()))[1].add(device.process_index)
     return [(index, frozenset(processes)) for _, (index, processes) in sorted(found.items(), key=lambda item: item[0])]
 

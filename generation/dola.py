@@ -39,7 +39,7 @@ class DoLa(Sampling):
         early = jnp.stack([out.hidden_states[i][:, -1] for i in self.layers], 1)  # [B, L, D]
         return Early(last_logits(out), model.apply({"params": params}, early, method="head").astype(jnp.float32))
 
-    def start(self, state: State, seen: Early) -> State:  # type: ignore[override]
+    def start(self, state: State, seen: Early) -> State:
         return self.choose(state, contrast(seen.logits, seen.early), seen.logits)
 
 

@@ -218,7 +218,7 @@ def generate(
     enable_compilation_cache()
 
     if isinstance(cache, TurnCache):
-        cache = cache.replace(memory=recall(drafter, cache.memory))  # type: ignore[attr-defined]
+        cache = cache.replace(memory=recall(drafter, cache.memory))
     unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)

@@ -97,7 +97,7 @@ def is_chosen(seeds: jax.Array, ids: jax.Array, V: int, g: int) -> jax.Array:
 def permutation(n: int, seed: int) -> np.ndarray:
     """torch.randperm(n) after manual_seed(seed), int64 [n]; on the host."""
     places = np.arange(n)
-    words = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator.random_raw(n)  # type: ignore[attr-defined]
+    words = np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator.random_raw(n)
     targets = places + (words[:n] % (n - places)).astype(np.int64)
     targets[-1] = n - 1
     order = np.lexsort((places, targets))  # by target, then by time
@@ -116,4 +116,4 @@ def permutation(n: int, seed: int) -> np.ndarray:
 
 def bits(n: int, seed: int) -> np.ndarray:
     """torch.randint(0, 2, (n,)) after manual_seed(seed), uint8 [n]; on the host."""
-    return (np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator.random_raw(n) & 1).astype(np.uint8)  # type: ignore[attr-defined]
+    return (np.random.RandomState(seed & 0xFFFFFFFF)._bit_generator.random_raw(n) & 1).astype(np.uint8)

@@ -40,7 +40,7 @@ class KV(struct.PyTreeNode):
     def update(self, k: jax.Array, v: jax.Array | None, step: Any) -> tuple[KV, jax.Array, Any, jax.Array]:
         """Write k, v [B,T,K,H] at the step's slots; also returns all keys and values [B,S,K,H] and their positions [B,S]."""
         write = lambda old, new: write_slots(old, new, step.index, self.heads_first, step.layer)
-        state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))  # type: ignore[arg-type]
+        state = self.replace(k=write(self.k, k), v=None if v is None else write(self.v, v))
         if not step.fresh:
             k, v = jax.tree.map(lambda x: swap_heads(at_layer(x, step.layer), self.heads_first), (state.k, state.v))
         return state, k, v, step.key_positions

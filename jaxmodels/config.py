@@ -44,11 +44,11 @@ class Config:
 
     @property
     def num_key_value_heads(self) -> int:
-        return self.num_attention_heads  # type: ignore[attr-defined,no-any-return]
+        return self.num_attention_heads  # type: ignore[attr-defined]
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads  # type: ignore[attr-defined,no-any-return]
+        return self.hidden_size // self.num_attention_heads  # type: ignore[attr-defined]
 
     def layer_spec(self, kind: Hashable) -> Any:
         """What a layer of that kind remembers: by default keys and values of `num_key_value_heads` heads."""
@@ -138,7 +138,7 @@ class MixedLayers:
     layer_types: tuple[str, ...] | None = None
 
     def slides(self, layer: int) -> bool:
-        """Whether layer `layer` of a config without `layer_types` attends to a window."""
+        """Whether layer `layer` of a config without `layer_types` attends to a window: a family's own."""
         raise NotImplementedError
 
     @property

@@ -31,7 +31,7 @@ def spans(rules: Rules | None) -> bool:
     """Whether the mesh has devices of every process of several, so that all of them make the same calls."""
     if rules is None or jax.process_count() == 1:
         return False
-    return len({device.process_index for device in rules.mesh.devices.flat}) == jax.process_count()  # type: ignore[union-attr]
+    return len({device.process_index for device in rules.mesh.devices.flat}) == jax.process_count()
 
 
 def spread(tree: Any) -> bool:

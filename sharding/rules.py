@@ -158,7 +158,7 @@ class Rules:
 
     @property
     def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform  # type: ignore[union-attr]  # only what runs or compiles asks
+        return self.mesh.devices.flat[0].platform  # only what runs or compiles asks
 
     def spec(self, axes: Axes, shape: Sequence[int], units: Mapping[str, int] | None = None) -> PartitionSpec:
         """Where an array of `shape` with logical `axes` lives. An axis is cut only in whole units (heads) and evenly, else replicated;

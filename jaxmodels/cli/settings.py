@@ -127,7 +127,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise ValueError(f"{path} holds {type(values).__name__}; expected fields, such as {', '.join(_fields(Settings))}")
     for name, value in _pairs(overrides):
         _set(values, _qualified(name), value)
-    return _build(Settings, values, "")  # type: ignore[no-any-return]
+    return _build(Settings, values, "")
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:

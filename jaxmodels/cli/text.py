@@ -90,7 +90,7 @@ def _sink(path: str | None) -> Iterator[Any]:
     if path in (None, "-"):
         yield None if path is None else sys.stdout
         return
-    with open(path, "w", encoding="utf-8") as file:  # type: ignore[arg-type]
+    with open(path, "w", encoding="utf-8") as file:
         yield file
 
 

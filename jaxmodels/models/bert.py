@@ -257,6 +257,7 @@ class BertHead(Head):
         self.classifier = Linear(self.config.num_labels, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)
 
     def answer(self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None) -> Any:
+        """Each head's own: its output, and the loss where there are labels."""
         raise NotImplementedError
 
     def words(self, out: BaseModelOutputWithPooling) -> jax.Array:
@@ -311,7 +312,7 @@ class BertForPreTraining(BertHead):
     def add_head(self) -> None:
         self.cls = PretrainingHeads(self.config, pairs=True)
 
-    def answer(  # type: ignore[override]
+    def answer(
         self, out: BaseModelOutputWithPooling, labels: jax.Array | None = None, next_sentence_label: jax.Array | None = None
     ) -> PreTrainingOutput:
         logits = self.words(out)

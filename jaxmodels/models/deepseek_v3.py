@@ -39,7 +39,7 @@ class DeepseekV3Config(DeepseekV2Config):
     first_k_dense_replace: int = 3
     n_routed_experts: int = 256
     n_shared_experts: int = 1
-    num_experts_per_tok: int | None = 8  # type: ignore[assignment]
+    num_experts_per_tok: int | None = 8
     routed_scaling_factor: float = 2.5
     topk_method: str | None = "noaux_tc"
     n_group: int | None = 8

@@ -146,7 +146,7 @@ class JambaBlock(nn.Module):
 class JambaModel(MixtralModel):
     """attentions and router_logits: those of the layers that have them."""
 
-    block = JambaBlock  # type: ignore[assignment]
+    block = JambaBlock
 
     def setup(self) -> None:
         c = self.config
@@ -160,9 +160,9 @@ class JambaModel(MixtralModel):
     def rope(self, step: Step, position_ids: jax.Array | None) -> None:
         return None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> MoeModelOutput:  # type: ignore[override]
+    def __call__(self, *args: Any, **kwargs: Any) -> MoeModelOutput:
         out = super().__call__(*args, **kwargs)
-        return out.replace(attentions=out.attentions and tuple(w for w in out.attentions if w is not None))  # type: ignore[attr-defined,no-any-return]
+        return out.replace(attentions=out.attentions and tuple(w for w in out.attentions if w is not None))  # type: ignore[attr-defined]
 
 
 class JambaForCausalLM(MoeCausalLM):

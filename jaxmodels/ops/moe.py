@@ -30,7 +30,7 @@ Dot = Callable[..., jax.Array]
 def pick(scores: jax.Array, k: int, by: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The scores [..., k] of the k experts that `by` (default: the scores) [..., E] puts first, and which they are."""
     if by is None:
-        return lax.top_k(scores, k)  # type: ignore[return-value]
+        return lax.top_k(scores, k)
     chosen = lax.top_k(lax.stop_gradient(by), k)[1]
     return jnp.take_along_axis(scores, chosen, -1), chosen
 

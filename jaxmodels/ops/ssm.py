@@ -54,7 +54,7 @@ def _taps(seen: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Arr
     T, K = seen.shape[1] - weight.shape[1] + 1, weight.shape[1]
     w = weight.astype(jnp.float32)
     y = sum(seen[:, j : j + T].astype(jnp.float32) * w[:, j] for j in range(K))
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(seen.dtype)  # type: ignore[union-attr,return-value]
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(seen.dtype)  # type: ignore[union-attr]
 
 
 def recurrence(

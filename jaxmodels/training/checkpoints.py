@@ -134,7 +134,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself; CheckpointError where there is none."""
     file = Path(path) / "meta" / "metadata"
     try:
-        return json.loads(file.read_bytes())  # type: ignore[no-any-return]
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no checkpoint of a Trainer: {file.name} cannot be read: {error}") from None
 

@@ -90,7 +90,7 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
     pairs = [pair.split("=") for pair in (text or "").replace(" ", "").split(",") if pair]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"optim_args {text!r} is not of the form key=value,key=value")
-    return dict(pairs)  # type: ignore[arg-type]
+    return dict(pairs)
 
 
 class _Options:

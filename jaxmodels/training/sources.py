@@ -100,7 +100,7 @@ class _Parquet(_Numbered):
     def read(self, i: int) -> Row:
         number = bisect.bisect_right(self.starts, i) - 1
         with self.lock:
-            return self.group(number)[i - self.starts[number]]  # type: ignore[no-any-return]
+            return self.group(number)[i - self.starts[number]]
 
 
 class _Records(_Numbered):
@@ -120,7 +120,7 @@ class _Records(_Numbered):
 
         record = self.source[i]
         if record[:1] == b"{":
-            return json.loads(record)  # type: ignore[no-any-return]
+            return json.loads(record)
         try:
             return load(record)
         except Exception as error:  # the library's own class is not a ValueError
@@ -179,7 +179,7 @@ class Rows:
         """ValueError names the file and the place of a row that cannot be read."""
         file, row = self._find(i)
         try:
-            return file.read(row)  # type: ignore[no-any-return]
+            return file.read(row)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.where(i)}: {error}") from error
 

@@ -80,7 +80,7 @@ def create_train_state(model: Any, optimizer: optax.GradientTransformation, para
 
 def state_placement(model: Any, state: TrainState) -> TrainState:
     """A sharding for every leaf of a state, or of its shapes, when the model has rules."""
-    return placement(model, state).replace(opt_state=placement(model, state.opt_state, "optimizer"))  # type: ignore[no-any-return]
+    return placement(model, state).replace(opt_state=placement(model, state.opt_state, "optimizer"))
 
 
 def count_items(model: Any, batch: Batch) -> jax.Array:

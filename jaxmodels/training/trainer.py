@@ -142,7 +142,7 @@ class Trainer:
         """The optimizer, and the learning rate by step for the log."""
         args = self.args
         if self.optimizers[0] is not None:
-            return self.optimizers  # type: ignore[return-value]
+            return self.optimizers
         warmup = args.get_warmup_steps(num_training_steps)
         fixed = args.optim.startswith("schedule_free") and args.lr_scheduler_type == "constant"
         options = args.lr_scheduler_kwargs or {}
@@ -277,7 +277,7 @@ class Trainer:
                 if prediction_loss_only
                 else make_predict_step(*loss, self.label_names, inputs_of(self.model), self.preprocess_logits_for_metrics)
             )
-        return self._eval_steps[prediction_loss_only](params, inputs)  # type: ignore[no-any-return]
+        return self._eval_steps[prediction_loss_only](params, inputs)
 
 
 class Seq2SeqTrainer(Trainer):
