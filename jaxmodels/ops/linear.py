@@ -26,14 +26,19 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     elif bias is None and x.dtype != jnp.float32:
         # Rounded by the product itself, which XLA:CPU is slow at: of gradients over several devices, XLA adds up such products before it
         # reduces them, those that a pass of its own rounds one by one.
-        return lax.platform_dependent(x, weight, cpu=lambda x, weight: _product(x, weight).astype(x.dtype), default=_rounded)
+        return lax.platform_dependent(x, weight, cpu=lambda x, weight: _flat(x, weight).astype(x.dtype), default=_rounded)
     else:
-        y = _product(x, weight)
+        y = lax.platform_dependent(x, weight, cpu=_flat, default=_product)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _flat(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # The weight's gradient sums over one axis then: over two, XLA:CPU turns a whole operand around for it, in a slow pass.
+    return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _rounded(x: jax.Array, weight: jax.Array) -> jax.Array:
