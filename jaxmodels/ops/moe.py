@@ -216,25 +216,29 @@ def _grouped(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array
 
 
 class _Tiles:
-    """Tiles of M consecutive rows of one expert each; the last of an expert reaches into the next one's rows, or past the end."""
+    """The rows of one expert after the other in tiles of M; an expert's last reaches into the next one's rows, or past the end."""
 
     def __init__(self, sizes: jax.Array, rows: int) -> None:
         per_expert = rows / sizes.shape[0]
-        self.M = 1 if per_expert <= 4 else min(128, 1 << max(3, math.ceil(math.log2(per_expert))))  # fewer rows than 8 gain nothing
-        self.count = (sizes + self.M - 1) // self.M
-        self.ends, self.sizes, self.starts = jnp.cumsum(self.count), sizes, jnp.cumsum(sizes) - sizes
-
-    def __getitem__(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tile i's expert, its first row, and which [M,1] of its rows are the expert's."""
-        e = jnp.sum(self.ends <= i, dtype=jnp.int32)
-        done = (i - (self.ends[e] - self.count[e])) * self.M
-        return e, self.starts[e] + done, jnp.arange(self.M)[:, None] < self.sizes[e] - done
+        self.M = 1 if per_expert <= 4 else min(64, 1 << max(3, math.ceil(math.log2(per_expert))))  # fewer rows than 8 gain nothing
+        self.sizes, self.starts = sizes, jnp.cumsum(sizes) - sizes
+        self.used = jnp.argsort(sizes == 0, stable=True)
 
     def pad(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, self.M - 1), (0, 0)))
 
     def cut(self, x: jax.Array, row: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, row, self.M, 0)
+
+    def of(self, e: jax.Array, body: Callable[[jax.Array, jax.Array, Any], Any], carry: Any) -> Any:
+        """`body(first row, which [M,1] of the rows are the expert's, carry)` for every tile of expert e."""
+        real = lambda t: jnp.arange(self.M)[:, None] < self.sizes[e] - t * self.M
+        count = (self.sizes[e] + self.M - 1) // self.M
+        return lax.fori_loop(0, count, lambda t, carry: body(self.starts[e] + t * self.M, real(t), carry), carry)
+
+    def experts(self, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+        """`body(e, carry)` for every expert that has rows."""
+        return lax.fori_loop(0, jnp.sum(self.sizes > 0), lambda i, carry: body(self.used[i], carry), carry)
 
 
 def _one(params: Any, e: jax.Array) -> Any:
@@ -243,16 +247,20 @@ def _one(params: Any, e: jax.Array) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Reads an expert once for every tile of rows that it has; the gradient runs the tiles again."""
+    """Reads every expert that has rows once; the gradient runs the tiles again."""
     tiles = _Tiles(sizes, len(x))
     padded = tiles.pad(x)
 
-    def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        e, row, real = tiles[i]
-        new = jnp.where(real, mlp(tiles.cut(padded, row), _one(params, e), linear), 0)
-        return lax.dynamic_update_slice_in_dim(y, new, row, 0)  # the next expert's tile writes over the excess
+    def expert(e: jax.Array, y: jax.Array) -> jax.Array:
+        w = _one(params, e)
 
-    return lax.fori_loop(0, tiles.ends[-1], body, jnp.zeros_like(padded))[: len(x)]
+        def tile(row: jax.Array, real: jax.Array, y: jax.Array) -> jax.Array:
+            new = jnp.where(real, mlp(tiles.cut(padded, row), w, linear), 0)
+            return lax.dynamic_update_slice_in_dim(y, new, row, 0)  # the next tile writes over the excess
+
+        return tiles.of(e, tile, y)
+
+    return tiles.experts(expert, jnp.zeros_like(padded))[: len(x)]
 
 
 def _forward(mlp: Any, params: Any, x: jax.Array, sizes: jax.Array) -> tuple:
@@ -264,16 +272,23 @@ def _backward(mlp: Any, saved: tuple, dy: jax.Array) -> tuple:
     tiles = _Tiles(sizes, len(x))
     padded, grads = tiles.pad(x), tiles.pad(dy)
 
-    def body(i: jax.Array, carry: tuple) -> tuple:
+    def expert(e: jax.Array, carry: tuple) -> tuple:
+        w = _one(params, e)
+
+        def tile(row: jax.Array, real: jax.Array, carry: tuple) -> tuple:
+            total, dx = carry
+            pull = jax.vjp(lambda w, x: mlp(x, w, linear), w, tiles.cut(padded, row))[1]
+            dw, new = pull(jnp.where(real, tiles.cut(grads, row), 0))
+            return jax.tree.map(jnp.add, total, dw), lax.dynamic_update_slice_in_dim(dx, new, row, 0)
+
         dparams, dx = carry
-        e, row, real = tiles[i]
-        pull = jax.vjp(lambda w, x: mlp(x, w, linear), _one(params, e), tiles.cut(padded, row))[1]
-        dw, new = pull(jnp.where(real, tiles.cut(grads, row), 0))
-        add = lambda whole, part, dw: lax.dynamic_update_index_in_dim(whole, part + dw.astype(whole.dtype), e, 0)
-        return jax.tree.map(add, dparams, _one(dparams, e), dw), lax.dynamic_update_slice_in_dim(dx, new, row, 0)
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), w)
+        total, dx = tiles.of(e, tile, (zeros, dx))
+        put = lambda whole, part: lax.dynamic_update_index_in_dim(whole, part, e, 0)
+        return jax.tree.map(put, dparams, total), dx
 
     start = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-    dparams, dx = lax.fori_loop(0, tiles.ends[-1], body, (start, jnp.zeros_like(padded)))
+    dparams, dx = tiles.experts(expert, (start, jnp.zeros_like(padded)))
     return jax.tree.map(lambda d, w: d.astype(w.dtype), dparams, params), dx[: len(x)], np.zeros(sizes.shape, jax.dtypes.float0)
 
 
