@@ -16,15 +16,20 @@ SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 7), (2, 5, 5, 4, 4, 10), (3, 1, 33
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
-NAMES = ["eager", "xla", "xla by head"]
+NAMES = ["eager", "xla", "xla in blocks"]
 
 
 @pytest.fixture
 def name(request, monkeypatch):
-    """Of an implementation; `by head` as for many logits."""
-    if request.param.endswith("by head"):
-        monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
-    return request.param.removesuffix(" by head")
+    """Of an implementation; `in blocks` as for many logits."""
+    if request.param.endswith("in blocks"):
+        in_blocks(monkeypatch)
+    return request.param.removesuffix(" in blocks")
+
+
+def in_blocks(monkeypatch):
+    monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
+    monkeypatch.setattr("jaxmodels.ops.attention_cpu.BLOCK", 4)
 
 
 def inputs(B, T, S, N, K, H, dtype, seed=0):
@@ -187,8 +192,8 @@ def test_options(options, dtype, monkeypatch):
     values = {"causal": False, "window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
     asked = {name: jnp.asarray(values[name], jnp.float32) if name in ("bias", "sinks") else values[name] for name in options}
     got, _ = attention(q, k, v, qp, kp, **asked)
-    monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
-    by_head, _ = attention(q, k, v, qp, kp, **asked)
+    in_blocks(monkeypatch)
+    blocks, _ = attention(q, k, v, qp, kp, **asked)
     a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
     logits = np.einsum("btnh,bsnh->bnts", a, b) / np.sqrt(10)
     if "softcap" in options:
@@ -200,7 +205,7 @@ def test_options(options, dtype, monkeypatch):
     weights = np.where(seen, np.exp(logits), 0)
     extra = np.exp(values["sinks"])[:, None, None] if "sinks" in options else 0
     weights = weights / np.maximum(weights.sum(-1, keepdims=True) + extra, 1e-30)
-    for mine in (got, by_head):
+    for mine in (got, blocks):
         check(mine, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
 
 

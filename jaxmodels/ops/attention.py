@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmodels.ops.attention_cpu import by_head, in_blocks
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
-MANY_LOGITS = 256 * 256  # of a head: with all heads of a batch, more than the caches hold
+MANY_LOGITS = 256 * 256  # of a head: with all heads of a batch, more than a CPU's caches hold
 
 
 def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None = None, causal: bool = True) -> jax.Array:
@@ -94,7 +95,7 @@ def xla(
     causal: bool = True,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """jax.nn.dot_product_attention, compiled by XLA; on a CPU many logits are made and used up head by head."""
+    """jax.nn.dot_product_attention, compiled by XLA; on one CPU our own, in blocks where there are many logits."""
     mask = visible(q_positions, k_positions, window, causal)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -104,29 +105,11 @@ def xla(
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # XLA:CPU lacks some of the batched bfloat16 products in it
-        run = partial(_by_head, mask, bias, scale) if rules is None and q.shape[1] * k.shape[1] >= MANY_LOGITS else attend
+        heads = partial(in_blocks if q.shape[1] * k.shape[1] >= MANY_LOGITS else by_head, mask, bias, scale)
+        run = heads if rules is None and q.shape[1] > 1 else attend
         return run(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
 
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=attend), None
-
-
-def _by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One kv head [S,H] and its queries [G,T,H] at a time, so that their logits stay in a cache; recomputed for the gradient."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    groups = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]
-    biases = None if bias is None else jnp.broadcast_to(bias, (B, N, *bias.shape[2:])).reshape(B, K, N // K, *bias.shape[2:])
-
-    def head(mask: jax.Array, x: Any) -> jax.Array:
-        q, k, v, bias = x
-        logits = jnp.einsum("gth,sh->gts", q, k) * scale
-        logits = jnp.where(mask, logits if bias is None else logits + bias, jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
-        return jnp.einsum("gts,sh->gth", weights, v) / weights.sum(-1, keepdims=True)
-
-    row = lambda x: lax.map(jax.checkpoint(partial(head, x[0])), x[1])
-    out = lax.map(row, (mask[:, 0], (groups, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), biases)))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:

@@ -1,0 +1,85 @@
+"""Dense attention for XLA:CPU, in float32: whole, or in blocks where the logits would not stay in its caches.
+
+Both take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
+
+Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim, V value dim, Q a block's queries."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 256
+LOWEST = jnp.finfo(jnp.float32).min
+
+
+def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """With the queries of a kv head in one product, which XLA:CPU computes faster than products over groups."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    queries = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    logits = (jnp.einsum("bkxh,bksh->bkxs", queries, keys) * scale).reshape(B, K, -1, T, S)
+    logits = logits if bias is None else logits + _grouped(bias, B, K, N)
+    logits = jnp.where(mask[:, :, None], logits, LOWEST).reshape(B, K, -1, S)
+    weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    out = jnp.einsum("bkxs,bksv->bkxv", weights, values) / weights.sum(-1, keepdims=True)
+    return out.reshape(B, K, -1, T, v.shape[-1]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+
+
+def in_blocks(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """A block of queries and a block of keys of one kv head at a time, with a running maximum and sum (arXiv:2205.14135); computed again
+    for the gradient. Keys of which no query of a block sees any are passed over."""
+    (B, T, N, H), K = q.shape, k.shape[2]
+    queries = _cut(q, 1).reshape(B, -1, BLOCK, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [B,K,blocks,G,Q,H]
+    keys, values = (_cut(x, 1).transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B,K,blocks,BLOCK,H]
+    seen = _cut(_cut(mask[:, 0], 2), 1).transpose(0, 1, 3, 2, 4)  # [B,blocks,blocks of keys,Q,BLOCK]
+    if bias is not None:
+        grouped = _cut(_grouped(bias, B, K, N), 4)
+        grouped = (_cut(grouped, 3) if bias.shape[2] > 1 else grouped[:, :, :, None]).transpose(0, 1, 3, 5, 2, 4, 6)
+        bias = jnp.broadcast_to(grouped, (*queries.shape[:3], *grouped.shape[3:]))  # [B,K,blocks,blocks of keys,G,Q or 1,BLOCK]
+
+    def head(seen: jax.Array, x: tuple) -> jax.Array:
+        keys, values, queries, bias = x
+        return lax.map(lambda x: _over_keys(scale, keys, values, *x), (queries, seen, bias))
+
+    row = lambda x: lax.map(partial(head, x[0]), x[1])
+    out = lax.map(row, (seen, (keys, values, queries, bias)))  # [B,K,blocks,G,Q,V]
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, N, v.shape[-1])[:, :T]
+
+
+def _over_keys(scale: float, keys: jax.Array, values: jax.Array, q: jax.Array, seen: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """keys [blocks,BLOCK,H] and values, q [G,Q,H], seen [blocks,Q,BLOCK], bias [blocks,G,Q,BLOCK]: [G,Q,V]."""
+    G, Q, H = q.shape
+    q = q.reshape(-1, H)
+
+    @jax.checkpoint
+    def add(carry: tuple, k: jax.Array, v: jax.Array, seen: jax.Array, bias: jax.Array | None) -> tuple:
+        top, total, out = carry
+        logits = (q @ k.T * scale).reshape(G, Q, -1)
+        logits = jnp.where(seen, logits if bias is None else logits + bias, LOWEST).reshape(G * Q, -1)
+        new = lax.stop_gradient(jnp.maximum(top, logits.max(-1, keepdims=True)))
+        weights, old = jnp.exp(logits - new), jnp.exp(top - new)
+        return new, total * old + weights.sum(-1, keepdims=True), out * old + weights @ v
+
+    def block(carry: tuple, x: Any) -> tuple:
+        return lax.cond(x[2].any(), lambda carry: add(carry, *x), lambda carry: carry, carry), None
+
+    column = jnp.zeros((G * Q, 1))
+    start = (column + LOWEST, column, jnp.zeros((G * Q, values.shape[-1])))
+    (_, total, out), _ = lax.scan(block, start, (keys, values, seen, bias))
+    return (out / jnp.where(total == 0, 1, total)).reshape(G, Q, -1)
+
+
+def _grouped(bias: jax.Array, B: int, K: int, N: int) -> jax.Array:
+    """[B,K,G,T or 1,S]"""
+    return jnp.broadcast_to(bias, (B, N, *bias.shape[2:])).reshape(B, K, -1, *bias.shape[2:])
+
+
+def _cut(x: jax.Array, axis: int) -> jax.Array:
+    """An axis as two, of blocks and of BLOCK in each, filled up with zeros."""
+    x = jnp.pad(x, [(0, -size % BLOCK if i == axis else 0) for i, size in enumerate(x.shape)])
+    return x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
