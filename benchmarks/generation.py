@@ -1,6 +1,6 @@
 """`generate` of torch `transformers` and of jaxmodels in turn, on random weights of the SmolLM2-135M shape, float32: a table with ratios.
 
-    python benchmarks/generation.py [--only beam,reorder] [--rounds 3]
+    python benchmarks/generation.py [--only beam,options] [--rounds 3]
 
 A ratio is torch's time over ours, both taken in turn in one process: above 1 jaxmodels is faster. Needs the extra `test`."""
 
@@ -82,7 +82,8 @@ def reorder(theirs: Any, model: Any, params: Any, rounds: int) -> None:
 
 
 def options(_: Any, model: Any, params: Any, rounds: int) -> None:
-    """What sampling and a JSON schema add to greedy decoding; a vocabulary learnt from the standard library's source."""
+    """What sampling adds to greedy decoding, also with Llama 3's 128256 tokens, and a JSON schema over a vocabulary learnt from the standard
+    library's source."""
     sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
     tokenizer = train_bpe(sources, SMOLLM2_135M["vocab_size"])
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "year": {"type": "integer"}}, "required": ["name", "year"]}
@@ -92,17 +93,22 @@ def options(_: Any, model: Any, params: Any, rounds: int) -> None:
         "top-k 50 and top-p 0.9": {"do_sample": True, "top_k": 50, "top_p": 0.9, "key": jax.random.key(0)},
         "a JSON schema": {"grammar": grammar},
     }
-    for batch in (1, 8):
-        prompt = ids(batch, 32)
+    wide = dataclasses.replace(model.config, vocab_size=128256)
+    rows = jax.random.normal(jax.random.key(0), (wide.vocab_size, wide.hidden_size)) * wide.initializer_range
+    larger = (model.clone(config=wide), {**params, "model": {**params["model"], "embed_tokens": {"weight": rows}}})
+    sampled = {name: more for name, more in jobs.items() if "grammar" not in more}
+    for vocabulary, (model, params), jobs in (("", (model, params), jobs), (", 128256 tokens", larger, sampled)):
+        for batch in (1, 8):
+            prompt = ids(batch, 32)
 
-        def run(prompt: np.ndarray = prompt, **more: Any) -> None:
-            out = jm.generate(model, params, prompt, np.ones_like(prompt), max_new_tokens=NEW, pad_token_id=1, eos_token_id=-1, **more)
-            assert out.lengths.tolist() == [NEW] * len(prompt)
+            def run(prompt: np.ndarray = prompt, model: Any = model, params: Any = params, **more: Any) -> None:
+                out = jm.generate(model, params, prompt, np.ones_like(prompt), max_new_tokens=NEW, pad_token_id=1, eos_token_id=-1, **more)
+                assert out.lengths.tolist() == [NEW] * len(prompt)
 
-        times = paired({name: partial(run, **more) for name, more in jobs.items()}, rounds)
-        for name, seconds in times.items():
-            more = f"{100 * (seconds / times['greedy'] - 1):+.1f} %"
-            print(f"| {name}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
+            times = paired({name: partial(run, **more) for name, more in jobs.items()}, rounds)
+            for name, seconds in times.items():
+                more = f"{100 * (seconds / times['greedy'] - 1):+.1f} %"
+                print(f"| {name}{vocabulary}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
 
 
 def assisted(theirs: Any, model: Any, params: Any, rounds: int) -> None:
