@@ -106,7 +106,7 @@ def xla(
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # XLA:CPU lacks some of the batched bfloat16 products in it
         heads = partial(in_blocks if q.shape[1] * k.shape[1] >= MANY_LOGITS else by_head, mask, bias, scale)
-        run = heads if rules is None and q.shape[1] > 1 else attend
+        run = heads if rules is None else attend
         return run(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
 
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=attend), None
