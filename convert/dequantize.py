@@ -24,11 +24,15 @@ from jaxmodels.convert.tensors import Index, Tensor, Transposed
 GROUP = 32  # columns that share a scale in mxfp4
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the lower three bits; the fourth is the sign
 _ROWS = 1024  # decoded at a time
+# How GPTQ's and AWQ's, bitsandbytes' and compressed-tensors' keys end
+PACKED = (".qweight", ".absmax", ".SCB", ".weight_packed", ".weight_scale")
 
 
 def dequantization(config: Any) -> tuple[Op, ...]:
     """The rules that a config's `quantization_config` asks for: none where it has none or one of another method."""
     found = config.extra.get("quantization_config") or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"quantization_config is {found!r}, expected an object with a quant_method")
     dtype = np.dtype(config.extra.get("dtype") or config.extra.get("torch_dtype") or ml_dtypes.bfloat16)
     if found.get("quant_method") == "mxfp4":
         return (Mxfp4(dtype),)
@@ -42,7 +46,15 @@ def dequantization(config: Any) -> tuple[Op, ...]:
 
 def dequantized(source: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint of `config` without quantisation, under the keys of an unquantised one."""
-    return forward(dequantization(config), source)
+    rules = dequantization(config)
+    packed = next((key for key in source if key.endswith(PACKED)), None)
+    if packed is not None and not rules:
+        method = (config.extra.get("quantization_config") or {}).get("quant_method")
+        raise CheckpointError(
+            f"{packed}: quantised weights (quant_method {method!r} in config.json), of which fp8 and mxfp4 can be read here; "
+            "use the unquantised checkpoint, or dequantise this one with torch and save it"
+        )
+    return forward(rules, source)
 
 
 @dataclass(frozen=True)

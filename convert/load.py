@@ -13,6 +13,7 @@ What is in a file is checked against the file that the expected tree would be wr
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import threading
 import warnings
@@ -32,6 +33,7 @@ from jaxmodels.convert.rules import Alias, Detachable, Ignore, Op, Tensors, Tie,
 from jaxmodels.convert.tensors import Index, NumpyTensor, Tensor, as_tensor, full_index, lengths
 from jaxmodels.sharding.processes import lockstep
 
+logger = logging.getLogger(__name__)
 _THREADS = 8  # enough to keep a disk busy; memory is bounded by _Budget
 _SHOWN = 8
 
@@ -64,7 +66,7 @@ def load(
     expected: the dtypes are what the arrays get (with `keep_dtypes`, floating ones stay as stored); `.sharding` None is the default device.
     rules: file to tree. `Alias`, `Tie` and `Ignore` act on the file's keys before the others, wherever they stand.
     base_prefix: keys outside it are a head's, and those of a `Detachable`. A head that the file lacks comes from `init(names)`, with a
-        warning; another head is dropped.
+        warning; another head is dropped and logged.
     progress: None shows a bar on a terminal once the work takes over two seconds. where: the source's name in messages.
 
     Raises CheckpointError, before anything is read, for a missing, unexpected or doubled key, a wrong shape or kind of dtype."""
@@ -167,7 +169,9 @@ def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: 
 
     missing = [key for key in wanted if key not in tensors and not (head(key) and can_init)]
     extra = [key for key in tensors if key not in wanted]
-    dropped = tuple(key for key in extra if head(key) or any(match(pattern, key) is not None for pattern in foreign))
+    modules = {key.rpartition(".")[0] for key in wanted}  # a head that the model has is no other one: lm_head.bias beside lm_head.weight
+    others = [key for key in extra if head(key) and key.rpartition(".")[0] not in modules]
+    dropped = tuple(key for key in extra if key in others or any(match(pattern, key) is not None for pattern in foreign))
     unexpected = [key for key in extra if key not in dropped]
     wrong = [key for key in wanted if key in tensors and not _fits(tensors[key], wanted[key])]
 
@@ -186,6 +190,8 @@ def _check(tensors: Tensors, wanted: Tensors, rules: Sequence[Op], base_prefix: 
     ]
     if problems:
         raise CheckpointError("\n".join([f"{where} does not fit the model (another config.json, or another class?):", *problems]))
+    if dropped:
+        logger.warning("%s: left out, as another head's: %s", where, ", ".join(dropped))
     return dropped
 
 

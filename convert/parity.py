@@ -355,7 +355,10 @@ def _load_torch(path: Path) -> Any:
         ) from error
     config = transformers.AutoConfig.from_pretrained(path)
     cls = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model = cls.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    try:
+        model = cls.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True)
+    except Exception as error:  # whatever torch raises
+        raise CheckpointError(f"{path}: loads here, but not in torch: {type(error).__name__}: {error}") from error
     return model.eval().requires_grad_(True)
 
 
@@ -380,11 +383,28 @@ def _ours(path: Path, inputs: Inputs, gradients: bool) -> Answers:
     return our_answers(model, params, inputs, gradients=gradients)
 
 
+def _check(directory: Path) -> None:
+    """Raise what loading would, before torch spends its time on the checkpoint. Nothing is read but the headers."""
+    from jaxmodels.auto import conversion_of, main_dtype, read_config, text_task
+    from jaxmodels.convert.dequantize import dequantized
+    from jaxmodels.convert.files import read_checkpoint
+    from jaxmodels.convert.load import canonical
+    from jaxmodels.params import abstract_params
+
+    config = read_config(directory)
+    source = dequantized(read_checkpoint(directory), config)
+    config = config.matched(source)
+    model = text_task(config).class_for(config)(config)
+    rules, prefix = conversion_of(model)
+    canonical(source, flatten(abstract_params(model, main_dtype(source))), rules=rules, base_prefix=prefix, where=str(directory))
+
+
 def parity(path: str | Path, *, gradients: bool = True, **hub: Any) -> Report:
     """Both sides of a causal LM's checkpoint in float32. `gradients` doubles the memory; hub: revision, cache_dir, … of a hub id."""
     from jaxmodels.convert.hub import resolve
 
     directory = resolve(path, **hub)
+    _check(directory)
     inputs = _inputs_for(directory)
     torch32, torch64 = _both_precisions(directory, inputs, gradients)
     return compare(_ours(directory, inputs, gradients), torch32, torch64)
@@ -397,6 +417,7 @@ def record(path: str | Path, file: str | Path, *, gradients: bool = True, **hub:
     from jaxmodels.convert.hub import resolve
 
     directory = resolve(path, **hub)
+    _check(directory)
     inputs = _inputs_for(directory)
     torch32, torch64 = _both_precisions(directory, inputs, gradients)
     import torch

@@ -79,12 +79,13 @@ def register(family: Family) -> None:
     FAMILIES[family.model_type] = family
 
 
-def find_family(model_type: str | None, where: str = "the config") -> Family:
+def find_family(model_type: Any, where: str = "the config") -> Family:
     """The family of a `model_type`; ValueError names `where` it was found, the known ones and the closest."""
-    found = FAMILIES.get(model_type or "")
+    name = model_type if isinstance(model_type, str) else ""
+    found = FAMILIES.get(name)
     if found is None:
-        close = difflib.get_close_matches(model_type or "", FAMILIES, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        close = difflib.get_close_matches(name, FAMILIES, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(
             f"model_type {model_type!r} in {where} is not known{hint} Known are {', '.join(sorted(FAMILIES))}; "
             "jaxmodels.register(family) adds one of your own"
@@ -149,7 +150,13 @@ class AutoModelForTextEncoding(_AutoClass): ...
 class AutoModelForMaskedLM(_AutoClass): ...
 
 
-class AutoModelForPreTraining(_AutoClass): ...
+class AutoModelForPreTraining(_AutoClass):
+    """A family that has no heads of its own for pretraining is pretrained as what generates text."""
+
+    @classmethod
+    def class_for(cls, config: Config) -> type[Model]:
+        own = cls.__name__ in find_family(config.model_type).classes
+        return super().class_for(config) if own else text_task(config).class_for(config)
 
 
 class AutoModelForNextSentencePrediction(_AutoClass): ...

@@ -13,6 +13,8 @@ from flax.core import FrozenDict
 from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.ops.rope import ORIGINAL_LENGTH, RopeParameters
 
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -65,7 +67,8 @@ class Config:
         labels = values.get("id2label")
         values["num_labels"] = len(labels) if labels else values.get("num_labels") or 2
         if "rope_parameters" in fields and isinstance(fields["rope_parameters"].default, RopeParameters):
-            values = _read_rope(values, fields["rope_parameters"].default)
+            length = fields["max_position_embeddings"].default if "max_position_embeddings" in fields else 2048
+            values = _read_rope(values, fields["rope_parameters"].default, length)
         absent = [
             n
             for n, f in fields.items()
@@ -77,6 +80,8 @@ class Config:
         for name, value in known.items():
             if value is not None or fields[name].default is not None:
                 _check(cls, name, fields[name].type, value)
+            if name in COUNTS and value is not None and value < 1:
+                raise ValueError(f"{name} in the config of {cls.__name__} is {value}; expected at least 1")
         return cls(**known, extra={k: v for k, v in values.items() if k not in fields})
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,17 +182,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_rope(values: dict[str, Any], default: RopeParameters) -> dict[str, Any]:
-    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`, whose keys count first as in HF. `default`: the field's,
-    for what neither says."""
+def _read_rope(values: dict[str, Any], default: RopeParameters, length: int) -> dict[str, Any]:
+    """Both spellings: `rope_parameters`, or `rope_theta` beside `rope_scaling`, whose keys count first as in HF. `default` and `length`:
+    the defaults of `rope_parameters` and `max_position_embeddings`."""
     values = dict(values)
     scaling = values.pop("rope_scaling", None) or {}
     names = ("rope_theta", "partial_rotary_factor")
     defaults = {k: getattr(default, k) for k in names} | {k: values.pop(k) for k in names if values.get(k) is not None}
     found = values.get("rope_parameters")
     if not isinstance(found, RopeParameters):
-        defaults["max_position_embeddings"] = values.get("max_position_embeddings", 2048)
-        rope = dict(scaling or found or {})
+        defaults["max_position_embeddings"] = values.get("max_position_embeddings", length)
+        rope = scaling or found or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"the config's rope_parameters (rope_scaling) is {rope!r}; expected an object with rope_type, rope_theta, …")
+        rope = dict(rope)
         if values.get("original_max_position_embeddings") and rope.get("rope_type", rope.get("type")) in ORIGINAL_LENGTH:
             rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]  # phi3's place for it
         values["rope_parameters"] = RopeParameters.from_dict(rope, **defaults)

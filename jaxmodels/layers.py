@@ -15,6 +15,7 @@ from flax import struct
 
 from jaxmodels.cache import Cache, segments
 from jaxmodels.cache_sink import SinkKV, attend_to_sinks
+from jaxmodels.ops.activation import activation
 from jaxmodels.ops.attention import attention
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.lora import adapted_embedding, adapted_linear
@@ -22,25 +23,6 @@ from jaxmodels.ops.norm import layer_norm, rms_norm
 from jaxmodels.ops.pipeline import pipeline
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies, rope_table, rotate
 from jaxmodels.ops.ssm import causal_conv
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "tanh": jnp.tanh,
-}
-
-
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The function that a config's `hidden_act` names."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
-    function = ACTIVATIONS[name]
-    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)  # rounded once, as in torch's kernels
 
 
 def parameter(

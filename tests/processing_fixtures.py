@@ -100,6 +100,11 @@ def gpt2(path: Path) -> Path:
     return path
 
 
+def codegen(path: Path) -> Path:
+    """vocab.json and merges.txt under the class that CodeGen's and Phi's checkpoints name."""
+    return save(gpt2(path), None, {"tokenizer_class": "CodeGenTokenizer", "model_max_length": 2048}, "phi")
+
+
 def qwen2(path: Path) -> Path:
     """Byte-level BPE with NFC, ChatML tokens and no first token."""
     from jaxmodels.processing.families import QWEN2_SPLIT
@@ -173,7 +178,7 @@ def gemma_sentencepiece(path: Path) -> Path:
     return path
 
 
-MAKERS = {f.__name__: f for f in (llama3, llama2, gpt2, qwen2, bert, t5, xlm_roberta, llama_sentencepiece, gemma_sentencepiece)}
+MAKERS = {f.__name__: f for f in (llama3, llama2, gpt2, codegen, qwen2, bert, t5, xlm_roberta, llama_sentencepiece, gemma_sentencepiece)}
 MAKERS["bert_vocab"] = lambda path: bert(path, text_file=True)
 MAKERS["llama2_legacy"] = lambda path: llama2(path, {"legacy": True})
 MAKERS["llama2_as_mistral"] = lambda path: save(llama2(path), None, None, "mistral")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from cases import tensors
 
+from jaxmodels.auto import FAMILIES
 from jaxmodels.cli.main import main
 from jaxmodels.processing import train_bpe
 
@@ -136,3 +137,14 @@ def test_imports_are_light():
     root = Path(__file__).parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=os.environ, check=True)
     assert not {"torch", "transformers", "jax", "numpy"} & set(out.stdout.split())
+
+
+def test_families_prints_the_readme_s_table(capsys):
+    """One row for every family, with numbers that a complete run of its tests recorded, all of them within the limits."""
+    _, out, _ = run(capsys, "families")
+    assert out in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    assert [row[0] for row in rows] == sorted(FAMILIES)
+    for name, _, logits, own, gradients, half, greedy in rows:
+        assert float(logits) < 1e-4 and float(own) < 1e-4 and float(gradients) <= 1e-4 and float(half) <= 1.5, name
+        assert greedy == ("encoder" if name == "bert" else "32 of 32"), name

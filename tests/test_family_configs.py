@@ -1,8 +1,13 @@
 """Configs of the families beside transformers' own: an omitted key of config.json means the same."""
 
+import json
+from collections import Counter
+
 import pytest
 import transformers
+from transformers.models.auto import modeling_auto
 
+from jaxmodels import auto
 from jaxmodels.auto import AutoConfig
 
 COMPUTED = {"rope_parameters", "layer_types", "no_rope_layers", "moe_layers", "head_dim"}  # that one side fills in and the other works out
@@ -32,3 +37,60 @@ def test_defaults_are_hfs(model_type):
         assert [int(ours.has_rope(i)) for i in range(ours.num_hidden_layers)] == theirs.no_rope_layers
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert type(ours).from_dict(other).layer_kinds == ours.layer_kinds
+
+
+ALL = sorted(auto.FAMILIES)
+# What one side writes out and the other works out, or leaves to the modules.
+FILLED = {"layer_types", "no_rope_layers", "moe_layers", "attn_config", "ffn_config", "num_kv_heads", "ffn_hidden_size", "sliding_window"}
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_a_config_of_its_model_type_alone(model_type, tmp_path):
+    """The same as HF's default config written out in full, and as one with keys that nobody knows; HF reads ours as its own."""
+    theirs = transformers.AutoConfig.for_model(model_type)
+    theirs.save_pretrained(tmp_path)
+    full = AutoConfig.from_pretrained(tmp_path)
+    bare, more = (
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **unknown})) and AutoConfig.from_pretrained(tmp_path)
+        for unknown in ({}, {"of_tomorrow": [1, {"a": None}], "auto_map": {"AutoConfig": "evil.Config"}})
+    )
+    assert more == bare and more.to_dict()["of_tomorrow"] == [1, {"a": None}]
+    values = lambda config: {name: getattr(config, name) for name in config.field_names() if name not in {"extra", *FILLED}}
+    assert values(bare) == values(full)
+    assert bare.layer_kinds == full.layer_kinds
+    assert [bare.layer_spec(kind) for kind in set(bare.layer_kinds)] == [full.layer_spec(kind) for kind in set(bare.layer_kinds)]
+    again = transformers.AutoConfig.for_model(**bare.to_dict())
+    written, expected = again.to_dict(), theirs.to_dict()
+    computed = COMPUTED - {"rope_parameters"} | {"num_key_value_heads"}
+    assert {k: written[k] for k in expected.keys() - computed} == {k: expected[k] for k in expected.keys() - computed}
+
+
+CAUSAL_ROPES = [name for name in ALL if "rope_parameters" in auto.find_family(name).config.field_names() and name != "gemma3_text"]
+
+
+@pytest.mark.parametrize("model_type", CAUSAL_ROPES)
+def test_both_spellings_of_every_rope(model_type):
+    """rope_parameters, and rope_theta beside rope_scaling, with `type` or `rope_type`: the same config."""
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for kind in ("linear", "llama3"):
+        read = lambda **values: AutoConfig.for_model(model_type, max_position_embeddings=256, **values).rope_parameters
+        new = read(rope_parameters={"rope_type": kind, "rope_theta": 5e5, **scaling})
+        for name in ("type", "rope_type"):
+            assert read(rope_theta=5e5, rope_scaling={name: kind, **scaling}) == new
+        assert (new.rope_type, new.factor, new.rope_theta) == (kind, 4.0, 5e5)
+
+
+def test_every_auto_class_that_hf_has_finds_its_head():
+    """For each of HF's tasks over text and each family that HF lists for it: our auto class of that name gives the class of that name."""
+    found = Counter[str]()
+    for name in dir(modeling_auto):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or name == "AutoModelForDecision":  # JEV's, whose config is not a family's
+            continue
+        for model_type in set(auto.FAMILIES) & set(mapping._model_mapping):
+            theirs = mapping._model_mapping[model_type]
+            config = AutoConfig.for_model(model_type)
+            assert getattr(auto, name).class_for(config).__name__ == (theirs if isinstance(theirs, str) else theirs[0]), (name, model_type)
+            found[name] += 1
+    assert found["AutoModel"] == len(auto.FAMILIES) and found["AutoModelForCausalLM"] == len(auto.FAMILIES) - 1  # t5 is no causal one
+    assert found["AutoModelForSequenceClassification"] > 35 and len(found) == 11

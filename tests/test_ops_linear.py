@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from jaxmodels.layers import ACTIVATIONS, Embedding, activation
+from jaxmodels.layers import Embedding
+from jaxmodels.ops.activation import ACTIVATIONS, activation
 from jaxmodels.ops.linear import einsum, linear
 from jaxmodels.ops.norm import rms_norm, rms_norm_once
 
@@ -148,6 +149,10 @@ def test_activation(name, dtype):
     truth = ACT2FN[name](tx.double()).numpy()
     error = lambda y: np.sqrt(np.mean((np.asarray(y, np.float64) - truth) ** 2))
     assert error(mine) <= 1.05 * error(theirs.float().numpy()) + 1e-7
+
+
+def test_activations_are_hfs():
+    assert set(ACT2CLS) - set(ACTIVATIONS) == {"prelu", "xielu"}  # these have parameters
 
 
 def test_unknown_activation():

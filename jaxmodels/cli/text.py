@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jinja2
 import numpy as np
 
 from jaxmodels.assets import TINY_PYTHON
@@ -118,7 +119,10 @@ def chat(args: argparse.Namespace) -> None:
     cache = None
     while line := _ask():
         messages.append({"role": "user", "content": line})
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:  # a template is anybody's code
+            raise ValueError(f"{args.model}: its chat template fails on this conversation: {error}") from error
         ids = np.asarray(ids).reshape(-1).tolist()
         if ids[: len(known)] != known:  # the template rewrote what was said
             known, cache = [], None

@@ -398,6 +398,7 @@ FAMILY = Family(
     classes={
         "AutoModel": BertModel,
         "AutoModelForCausalLM": BertLMHeadModel,
+        "AutoModelForTextEncoding": BertModel,
         "AutoModelForMaskedLM": BertForMaskedLM,
         "AutoModelForPreTraining": BertForPreTraining,
         "AutoModelForNextSentencePrediction": BertForNextSentencePrediction,

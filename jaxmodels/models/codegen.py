@@ -17,8 +17,6 @@ PARTS = 4
 class CodeGenConfig(GPTJConfig):
     model_type: ClassVar[str] = "codegen"
 
-    bos_token_id: int | None = 1
-
 
 class CodeGenModel(GPTJModel): ...
 

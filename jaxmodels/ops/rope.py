@@ -54,7 +54,7 @@ class RopeParameters:
         needs = {
             "linear": ("factor",),
             "dynamic": ("factor", "max_position_embeddings"),
-            "yarn": ("original_max_position_embeddings",),
+            "yarn": ("factor", "original_max_position_embeddings"),
             "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }
@@ -65,6 +65,10 @@ class RopeParameters:
             values.pop("max_position_embeddings", None)  # not theirs: it would make equal configs differ
         known = {f.name for f in dataclasses.fields(cls)} - {"other"}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        for name in known - {"rope_type"} & values.keys():
+            found, many = values[name], name in ("short_factor", "long_factor")
+            if not all(isinstance(x, int | float) for x in (found if isinstance(found, tuple) and many else (found,))):
+                raise ValueError(f"{name} in rope_parameters is {found!r}; expected {'a list of numbers' if many else 'a number'}")
         return cls(
             **{k: v for k, v in values.items() if k in known},
             other=tuple((k, v) for k, v in values.items() if k not in known),
@@ -105,6 +109,9 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array 
         return 1.0 / base**exponent, 1.0
     if rope.rope_type == "longrope":  # arXiv:2402.13753
         assert lengths is not None and original is not None
+        for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+            if len(factors or ()) != len(powers):
+                raise ValueError(f"{name} in rope_parameters has {len(factors or ())} numbers; expected {len(powers)}, half of {R} rotated")
         short, long = (np.float32(1) / (np.asarray(f, np.float32) * powers) for f in (rope.short_factor, rope.long_factor))
         factor = rope.factor or (rope.max_position_embeddings or original) / original
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

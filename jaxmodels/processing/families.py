@@ -112,6 +112,14 @@ def _unigram(unk_id: int) -> Build:
     return build
 
 
+def _xglm(vocab: Any, merges: Any, o: Options) -> Tokenizer:
+    tokenizer = _unigram(3)(vocab, merges, {**o, "charsmap": None})
+    charsmap = [normalizers.Precompiled(o["charsmap"])] if o.get("charsmap") else []
+    tokenizer.normalizer = normalizers.Sequence([*charsmap, normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=tokenizer.decoder.prepend_scheme)
+    return tokenizer
+
+
 def _t5(vocab: Any, merges: Any, o: Options) -> Tokenizer:
     return _unigram(2)(vocab, merges, {**o, "add_prefix_space": True})
 
@@ -164,6 +172,14 @@ def _frame_t5(o: Options, backend: Tokenizer) -> Any:
     return _template(backend, "$A eos", "$A eos $B eos", eos="</s>")
 
 
+def _frame_xglm(o: Options, backend: Tokenizer) -> Any:
+    return _template(backend, "eos $A", "eos $A eos eos $B", eos=o["eos_token"])
+
+
+def _frame_codegen(o: Options, backend: Tokenizer) -> Any:
+    return processors.ByteLevel(add_prefix_space=True, trim_offsets=False, use_regex=True)
+
+
 def _frame_xlm_roberta(o: Options, backend: Tokenizer) -> Any:
     return _template(backend, "bos $A eos", "bos $A eos eos $B eos", bos=o["bos_token"], eos=o["eos_token"])
 
@@ -184,6 +200,14 @@ def _xlm_roberta_vocab(scored: list[tuple[str, float]], o: Options) -> list[tupl
     # fairseq's order: its four special tokens replace the model's first three pieces, the mask comes last
     head = [(str(o[f"{name}_token"]), 0.0) for name in ("bos", "pad", "eos", "unk")]
     return [*head, *scored[3:], (str(o["mask_token"]), 0.0)]
+
+
+def _xglm_vocab(scored: list[tuple[str, float]], o: Options) -> list[tuple[str, float]]:
+    return [*_xlm_roberta_vocab(scored, {**o, "mask_token": ""})[:-1], *((word, 0.0) for word in _xglm_extra(o))]
+
+
+def _xglm_extra(o: Options) -> list[str]:
+    return [f"<madeupword{i}>" for i in range(7)]
 
 
 def _t5_extra(o: Options) -> list[str]:
@@ -210,6 +234,7 @@ _CODE_LLAMA: dict[str, Any] = {
 }
 _COHERE = _tokens(unk="<UNK>", bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>", pad="<PAD>", cls="<CLS>", sep="<SEP>", mask="<MASK_TOKEN>")
 _ROBERTA = _tokens(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>", mask="<mask>")
+_XGLM = {name: token for name, token in _ROBERTA.items() if name != "mask_token"}
 _BERT = _tokens(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
 _ALBERT = _tokens(bos="[CLS]", eos="[SEP]", unk="<unk>", sep="[SEP]", pad="<pad>", cls="[CLS]", mask="[MASK]")
 _T5 = _tokens(eos="</s>", unk="<unk>", pad="<pad>")
@@ -220,6 +245,7 @@ FAMILIES: dict[str, Family] = {
     "GemmaTokenizer": Family("BPE", _gemma, _GEMMA, "left"),
     "CohereTokenizer": Family("BPE", byte_level(normalizer=normalizers.NFC(), digits=True), _COHERE, "left", respecial=True),
     "GPT2Tokenizer": Family("BPE", byte_level(), _GPT2, "left"),
+    "CodeGenTokenizer": Family("BPE", byte_level(), _GPT2, "left", frame=_frame_codegen),
     "GPTNeoXTokenizer": Family(
         "BPE", byte_level(normalizer=normalizers.NFC()), {**_GPT2, "pad_token": "<|padding|>"}, "left", frame=_frame_plain
     ),
@@ -230,6 +256,7 @@ FAMILIES: dict[str, Family] = {
     "DistilBertTokenizer": Family("WordPiece", _bert, _BERT, frame=_frame_bert),
     "T5Tokenizer": Family("Unigram", _t5, _T5, frame=_frame_t5, extra=_t5_extra, from_sentencepiece=_t5_vocab),
     "XLMRobertaTokenizer": Family("Unigram", _unigram(3), _ROBERTA, frame=_frame_xlm_roberta, from_sentencepiece=_xlm_roberta_vocab),
+    "XGLMTokenizer": Family("Unigram", _xglm, _XGLM, "left", frame=_frame_xglm, extra=_xglm_extra, from_sentencepiece=_xglm_vocab),
     "AlbertTokenizer": Family("Unigram", _albert, _ALBERT),
 }
 ALIASES = {"BartTokenizer": "RobertaTokenizer", "MobileBertTokenizer": "BertTokenizer", "SqueezeBertTokenizer": "BertTokenizer"}
@@ -259,6 +286,7 @@ _TYPES = {
     "megatron-bert mm-grounding-dino mobilebert nezha nomic_bert qdqbert realm retribert squeezebert tvp vilt visual_bert",
     "T5Tokenizer": "mt5 musicgen musicgen_melody switch_transformers t5",
     "XLMRobertaTokenizer": "gte jina_embeddings_v3 metaclip_2 trocr xlm-roberta xmod",
+    "XGLMTokenizer": "xglm",
     "AlbertTokenizer": "albert yoso",
 }
 REGISTERED = {kind: name for name, kinds in _TYPES.items() for kind in kinds.split()}
