@@ -1,46 +1,46 @@
-"""The page docs/adding-a-family.md, as a reader would try it."""
+"""The page docs/adding-a-family.md, as a reader would try it: outside this repository, in files of their own."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import jax
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+
+
+def blocks(kind):
+    return "\n".join(re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S))
+
+
+def commands():
+    """The command lines of the page, by the place that their checkout has here."""
+    return [line.strip().replace("path/to/checkout", str(ROOT)) for line in re.findall(r"^    (?=python|PYTHONPATH)(.*)$", PAGE, re.M)]
+
+
+def test_the_page(tmp_path):
+    (tmp_path / "arcee.py").write_text(blocks("python"))
+    (tmp_path / "use.py").write_text("import jax\nimport jaxmodels\n" + blocks("python-use") + COMPARE)
+    (tmp_path / "test_arcee.py").write_text(blocks("python-test"))
+    show, test = commands()
+    for command in ("python use.py", show, f"{test} -q -k 'full_size or (Tied and logits)'"):
+        words = command.replace("python ", f"{sys.executable} ", 1)
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}"}
+        words = words.replace("PYTHONPATH=", f"PYTHONPATH={ROOT}:")
+        done = subprocess.run(words, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed", done.stdout, re.M) and "skipped" not in done.stdout
+
+
+COMPARE = """
 import numpy as np
-from safetensors import safe_open
+import torch
+import transformers
 
-import jaxmodels as jm
-from jaxmodels import auto
-
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-family.md"
-IMPORTS = """
-import dataclasses
-from typing import ClassVar
-import jax
-import jaxmodels
-from flax import linen as nn
-from jaxmodels.config import Config
-from jaxmodels.convert.rules import Split
-from jaxmodels.family import Family
-from jaxmodels.layers import Linear, RMSNorm, attend
-from jaxmodels.model import CausalLM
-from jaxmodels.models.llama import LlamaModel
-from jaxmodels.ops.rope import RopeParameters
+ids = np.arange(14, dtype=np.int32).reshape(2, 7)
+theirs = transformers.AutoModelForCausalLM.from_pretrained("tiny")(torch.tensor(ids).long()).logits.detach().numpy()
+np.testing.assert_allclose(model.apply({"params": params}, ids).logits, theirs, atol=1e-5)
+out = jaxmodels.generate(model, params, ids, max_new_tokens=5)
+assert out.sequences.shape == (2, 12)
 """
-
-
-def test_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(auto, "FAMILIES", dict(auto.FAMILIES))
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    names: dict = {"__name__": "own_family"}
-    exec(IMPORTS + "".join(block for block in blocks if "FamilyTester" not in block), names)
-    with safe_open(tmp_path / "tiny" / "model.safetensors", "numpy") as file:
-        assert "model.layers.1.wqkv.weight" in set(file.keys())
-    ids = np.arange(14, dtype=np.int32).reshape(2, 7)
-    scanned = names["model"].apply({"params": names["params"]}, ids).logits
-    model, params = jm.AutoModelForCausalLM.from_pretrained("tiny")
-    np.testing.assert_allclose(model.apply({"params": params}, ids).logits, scanned, atol=1e-5)
-    out = jm.generate(model, params, ids, max_new_tokens=5)
-    again = jm.generate(names["model"], names["params"], ids, max_new_tokens=5)
-    np.testing.assert_array_equal(out.sequences, again.sequences)
-    fresh, _ = jax.tree.flatten(params)
-    assert jm.count_params(fresh) == sum(leaf.size for leaf in fresh)

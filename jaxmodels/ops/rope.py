@@ -49,12 +49,13 @@ class RopeParameters:
         values.pop("type", None)
         if kind not in TYPES:
             raise ValueError(f"rope_type {kind!r} in the config is not supported; supported are {', '.join(TYPES)}")
+        grown = "factor" if values.get("original_max_position_embeddings") is None else "max_position_embeddings"  # yarn's is one of both
         if kind in ORIGINAL_LENGTH:
             values.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
         needs = {
             "linear": ("factor",),
             "dynamic": ("factor", "max_position_embeddings"),
-            "yarn": ("factor", "original_max_position_embeddings"),
+            "yarn": (grown, "original_max_position_embeddings"),
             "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }
