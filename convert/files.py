@@ -350,7 +350,11 @@ def _split(
     if numbers is None:
         size = lambda tensor: tensor.nbytes
         split = split_state_dict_into_shards_factory
-        keys_of = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size).filename_to_tensors
+        try:
+            found = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise CheckpointError(f"max_shard_size {max_shard_size!r}: expected bytes, or a number with KB, MB, GB or TB") from error
+        keys_of = found.filename_to_tensors
     else:
         strange = sorted(numbers.keys() ^ tensors.keys())
         found = sorted(set(numbers.values()))

@@ -417,6 +417,8 @@ def record(path: str | Path, file: str | Path, *, gradients: bool = True, **hub:
     from jaxmodels.convert.hub import resolve
 
     directory = resolve(path, **hub)
+    if not Path(file).absolute().parent.is_dir():
+        raise CheckpointError(f"{file}: there is no directory {Path(file).absolute().parent} to write it to")
     _check(directory)
     inputs = _inputs_for(directory)
     torch32, torch64 = _both_precisions(directory, inputs, gradients)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,12 +124,57 @@ def test_parity(checkpoint, capsys, tmp_path):
         (["info", "MODEL", "--mesh", "fsdp"], "fsdp=4,tensor=2"),
         (["convert", "MODEL", "out", "--scan"], "--format orbax"),
         (["parity", "a", "b", "c", "d"], "parity record PATH FILE"),
+        (["parity", "record", "MODEL", "/no/such/place/answers"], "there is no directory /no/such/place"),
+        (["info", "MODEL", "--mesh", "fsdp=0"], "fsdp=4,tensor=2"),
+        (["convert", "MODEL", "out", "--max-shard-size", "tiny"], "max_shard_size 'tiny': expected bytes"),
+        (["generate", "x", "--file", "prompts"], "arguments and in --file"),
+        (["generate", "--file", "/no/such/file"], "/no/such/file"),
+        (["generate", "x", "--model", "MODEL", "--sample", "--temperature", "0"], "temperature is 0.0; expected a number above 0"),
+        (["generate", "x", "--model", "MODEL", "--sample", "--top-p", "1.5"], "top_p is 1.5; expected a number from 0 to 1"),
     ],
 )
 def test_errors_are_one_line(checkpoint, capsys, monkeypatch, args, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status, out, err = run(capsys, *[checkpoint if arg == "MODEL" else arg for arg in args])
     assert status == 1 and message in err and err.startswith("jaxmodels: ") and not out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 5}', "prompt 2: a JSON line with the keys ['prompt']; expected `prompt`, a string"),
+        ('{"text": "x"}', "prompt 2: a JSON line with the keys ['text']"),
+        ("\udcff", "prompt 2: bytes that are no UTF-8"),
+    ],
+)
+def test_prompts_that_are_none(checkpoint, capsys, monkeypatch, line, message):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"fine\n\n{line}\n"))
+    status, out, err = run(capsys, "generate", "--model", checkpoint)
+    assert status == 1 and err == f"jaxmodels: {err.removeprefix('jaxmodels: ')}" and message in err and not out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    assert "standard input holds no prompt" in run(capsys, "generate", "--model", checkpoint)[2]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["generate", "x", "--dtype", "float33"], ["generate", "x", "--batch-size", "0"], ["generate", "x", "--max-new-tokens", "-5"]),
+        *(["generate", "x", "--seed", str(2**64)], ["convert", "a", "b", "--dtype", "int4"], ["nope"], ["convert"]),
+        ["plan", "x", "--topology", "v5e:2x2", "--job", "decode", "--batch", "0", "--length", "64"],
+    ],
+)
+def test_usage_errors(capsys, args):
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_convert_in_place(checkpoint, capsys, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    assert run(capsys, "convert", tmp_path / "model", tmp_path / "model", "--dtype", "bfloat16")[0] == 0
+    assert {dtype for dtype, _, _ in tensors(tmp_path / "model").values()} == {torch.bfloat16}
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
 def test_imports_are_light():

@@ -239,7 +239,7 @@ def test_an_error_leaves_the_old_checkpoint(sharded):
         write_checkpoint(sharded, arrays(10) | {"z": as_tensor(np.zeros(2, complex))})
     with pytest.raises(CheckpointError, match="no tensors"):
         write_checkpoint(sharded, {})
-    with pytest.raises(ValueError, match="Could not parse"):
+    with pytest.raises(ValueError, match=r"max_shard_size .* expected bytes, or a number with KB"):
         write_checkpoint(sharded, arrays(10), max_shard_size="many GB")
     assert {path.name: path.read_bytes() for path in sharded.iterdir()} == before
     assert os.listdir(sharded.parent) == ["m"]

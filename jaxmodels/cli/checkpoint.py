@@ -67,9 +67,10 @@ def convert(args: argparse.Namespace) -> None:
         write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files=json_files(model, tensors))
     for pattern in TEXT_FILES:
         for file in directory.glob(pattern):
-            if file.name not in ("config.json", "generation_config.json"):
-                (Path(args.destination) / file.relative_to(directory)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, Path(args.destination) / file.relative_to(directory))
+            target = Path(args.destination) / file.relative_to(directory)
+            if file.name not in ("config.json", "generation_config.json") and not (target.exists() and target.samefile(file)):
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def info(args: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def _hub(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("hub ids")
@@ -27,19 +29,37 @@ def hub_options(args: argparse.Namespace) -> dict[str, Any]:
 def mesh_sizes(text: str) -> dict[str, int]:
     """--mesh fsdp=4,tensor=2 as {name: size}."""
     try:
-        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        if all(size > 0 or size == -1 for size in sizes.values()):
+            return sizes
     except ValueError:
-        raise ValueError(f"--mesh {text!r}: expected sizes such as fsdp=4,tensor=2") from None
+        pass
+    raise ValueError(f"--mesh {text!r}: expected sizes such as fsdp=4,tensor=2")
+
+
+def count(text: str) -> int:
+    """A number of things, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number}: expected a number of 64 bits")
+    return number
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint directory or hub id; default: the tiny Python model that ships")
-    parser.add_argument("--dtype", default="auto", help="parameter and compute dtype: auto (as stored), float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="parameter and compute dtype; auto: as stored")
     _hub(parser)
 
 
 def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--max-new-tokens", type=count, default=max_new_tokens)
     sample = "draw tokens instead of taking the likeliest; default: as the checkpoint's generation_config.json says"
     parser.add_argument("--sample", action=argparse.BooleanOptionalAction, help=sample)
     parser.add_argument("--temperature", type=float)
@@ -47,7 +67,7 @@ def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--repetition-penalty", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: one per line of --file or of standard input")
     generate.add_argument("--file", help="prompts, one per line, or JSON lines with a `prompt`")
     generate.add_argument("--jsonl", metavar="OUT", help="write prompt, text and new token count as JSON lines; - for standard output")
-    generate.add_argument("--batch-size", type=int, default=8)
+    generate.add_argument("--batch-size", type=count, default=8)
     _sampling(generate, 64)
     _model(generate)
 
@@ -75,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert = command("convert", "checkpoint:convert", "Write a checkpoint in another dtype, shard size or format.")
     convert.add_argument("source", metavar="SRC", help="checkpoint directory, hub id, or Orbax directory written by this command")
     convert.add_argument("destination", metavar="DST")
-    convert.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    convert.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
     convert.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="e.g. 500MB, 5GB (default %(default)s)")
     convert.add_argument("--format", choices=("safetensors", "orbax"), default="safetensors")
     convert.add_argument("--scan", action="store_true", help="orbax: layers stacked, as scan_layers=True wants them")
@@ -97,11 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--job", required=True, choices=("train", "prefill", "decode"))
     plan.add_argument("--mesh", help="e.g. fsdp=64,tensor=4; -1 takes what is left")
     plan.add_argument("--rules", help="sharding preset; default: the one that the mesh's axes ask for")
-    plan.add_argument("--batch", type=int, required=True, help="rows")
-    plan.add_argument("--microbatches", type=int, help="train on a mesh with stage=N: parts of the batch in the pipeline; default N")
-    plan.add_argument("--length", type=int, required=True, help="tokens a row; decode: slots of the cache")
+    plan.add_argument("--batch", type=count, required=True, help="rows")
+    plan.add_argument("--microbatches", type=count, help="train on a mesh with stage=N: parts of the batch in the pipeline; default N")
+    plan.add_argument("--length", type=count, required=True, help="tokens a row; decode: slots of the cache")
     plan.add_argument("--remat", default="full", help="train: a jax.checkpoint policy, or none (default %(default)s)")
-    plan.add_argument("--dtype", default="bfloat16", help="compute dtype; serving: of the parameters too")
+    plan.add_argument("--dtype", default="bfloat16", choices=DTYPES[1:], help="compute dtype; serving: of the parameters too")
     plan.add_argument("--sweep", action="store_true", help="try meshes and remat policies and rank them")
     _hub(plan)
 

@@ -43,6 +43,8 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts and args.file is not None:
+        raise ValueError("prompts as arguments and in --file: give one of the two")
     if args.prompts:
         return args.prompts
     if args.file is None and sys.stdin.isatty():
@@ -51,16 +53,19 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         lines = [line.rstrip("\n") for line in source if line.strip()]
     if not lines:
         raise ValueError(f"{args.file or 'standard input'} holds no prompt: expected one per line, or JSON lines with a `prompt`")
-    return [_prompt_of(line) for line in lines]
+    return [_prompt_of(line, n) for n, line in enumerate(lines, 1)]
 
 
-def _prompt_of(line: str) -> str:
+def _prompt_of(line: str, number: int) -> str:
+    """The prompt in a line, the `number`-th that is not empty."""
     if line.startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):
             found = json.loads(line)
-            if "prompt" not in found:
-                raise ValueError(f"a JSON line has the keys {sorted(found)}; expected `prompt`")
+            if not isinstance(found.get("prompt"), str):
+                raise ValueError(f"prompt {number}: a JSON line with the keys {sorted(found)}; expected `prompt`, a string")
             return found["prompt"]
+    if any("\ud800" <= character <= "\udfff" for character in line):  # what a terminal's input holds in place of bytes that are no text
+        raise ValueError(f"prompt {number}: bytes that are no UTF-8; convert the text first")
     return line
 
 

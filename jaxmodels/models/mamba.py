@@ -35,6 +35,7 @@ class MambaConfig(Config):
     num_hidden_layers: int = 32
     layer_norm_epsilon: float = 1e-5
     expand: int | float = 2
+    intermediate_size: int = None  # type: ignore[assignment]  # expand * hidden_size; what is given counts, as in HF
     conv_kernel: int = 4
     use_bias: bool = False
     use_conv_bias: bool = True
@@ -55,10 +56,12 @@ class MambaConfig(Config):
     def __post_init__(self) -> None:
         if self.time_step_rank == "auto":
             object.__setattr__(self, "time_step_rank", math.ceil(self.hidden_size / 16))
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", int(self.expand * self.hidden_size))
 
     @property
     def channels(self) -> int:
-        return int(self.expand * self.hidden_size)
+        return self.intermediate_size
 
     @property
     def head_dim(self) -> int:

@@ -34,6 +34,11 @@ class PhimoeConfig(MixtralConfig):
     input_jitter_noise: float = 0.0
     lm_head_bias: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts_per_tok != 2:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}; SparseMixer sends every token to 2 experts")
+
 
 class PhimoeAttention(nn.Module):
     config: PhimoeConfig
