@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import typing
 from typing import Any, Literal
 
 import numpy as np
@@ -99,6 +100,22 @@ def raises_section(x: int) -> None:
     Raises:
         KeyError: if
     """
+
+
+OLD = [typing.List, typing.Dict, typing.Tuple, typing.List[int], typing.Dict[str, typing.List[float]], typing.Tuple[int, str]]  # noqa: UP006
+OLD += [typing.Optional[typing.List], typing.Optional[Literal["a", "b"]], typing.Union[int, str, None], typing.List[typing.Union[int, str]]]  # noqa: UP006, UP007, UP045
+
+
+@pytest.mark.parametrize("hint", OLD, ids=str)
+@pytest.mark.parametrize("default", [False, True])
+def test_hints_as_they_were_written_before(hint, default):
+    def tool(x=None): ...
+
+    def needed(x): ...
+
+    function = tool if default else needed
+    function.__annotations__, function.__doc__ = {"x": hint, "return": hint}, "Use it.\n\nArgs:\n    x: what it takes\n\nReturns:\n    it"
+    assert get_json_schema(function) == reference_schema(function)
 
 
 @pytest.mark.parametrize("function", [weather, several, Box().open, Box.make, Box.open, no_arguments, raises_section])

@@ -42,7 +42,7 @@ def _hint(hint: Any) -> dict[str, Any]:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return {}
-    if origin is None and (name := {**SCALARS, **CONTAINERS}.get(hint)):
+    if not args and (name := {**SCALARS, **CONTAINERS}.get(origin or hint)):  # list, and typing's List without a parameter
         return {"type": name}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _enum([member.value for member in hint], f"enum {hint.__name__}")
