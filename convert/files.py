@@ -351,10 +351,10 @@ def _split(
         size = lambda tensor: tensor.nbytes
         split = split_state_dict_into_shards_factory
         try:
-            found = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size)
+            parts = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size)
         except ValueError as error:
             raise CheckpointError(f"max_shard_size {max_shard_size!r}: expected bytes, or a number with KB, MB, GB or TB") from error
-        keys_of = found.filename_to_tensors
+        keys_of = parts.filename_to_tensors
     else:
         strange = sorted(numbers.keys() ^ tensors.keys())
         found = sorted(set(numbers.values()))

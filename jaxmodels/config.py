@@ -67,7 +67,7 @@ class Config:
         labels = values.get("id2label")
         values["num_labels"] = len(labels) if labels else values.get("num_labels") or 2
         if "rope_parameters" in fields and isinstance(fields["rope_parameters"].default, RopeParameters):
-            length = fields["max_position_embeddings"].default if "max_position_embeddings" in fields else 2048
+            length: Any = fields["max_position_embeddings"].default if "max_position_embeddings" in fields else 2048
             values = _read_rope(values, fields["rope_parameters"].default, length)
         absent = [
             n
