@@ -158,8 +158,11 @@ def test_token_ids_out_of_range(good, tmp_path, capsys):
     shutil.copytree(good / "one", tmp_path / "small")
     config(vocab_size=100)(tmp_path / "small")
     tensors(lambda t: t.update({k: t[k][:100] for k in ("model.embed_tokens.weight", "lm_head.weight")}))(tmp_path / "small")
-    assert main(["generate", "def fibonacci", "--model", str(tmp_path / "small")]) == 1
-    assert "the model's vocabulary has 100 (0..99)" in capsys.readouterr().err
+    (tmp_path / "answers").write_text("of another time")
+    for more in ([], ["--jsonl", str(tmp_path / "answers")]):
+        assert main(["generate", "def fibonacci", "--model", str(tmp_path / "small"), *more]) == 1
+        assert "the model's vocabulary has 100 (0..99)" in capsys.readouterr().err
+    assert (tmp_path / "answers").read_text() == "of another time"
 
 
 @pytest.mark.parametrize(

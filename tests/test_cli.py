@@ -129,6 +129,7 @@ def test_parity(checkpoint, capsys, tmp_path):
         (["convert", "MODEL", "out", "--max-shard-size", "tiny"], "max_shard_size 'tiny': expected bytes"),
         (["generate", "x", "--file", "prompts"], "arguments and in --file"),
         (["generate", "--file", "/no/such/file"], "/no/such/file"),
+        (["generate", "x", "--jsonl", "/no/such/place/out"], "there is no directory /no/such/place"),
         (["generate", "x", "--model", "MODEL", "--sample", "--temperature", "0"], "temperature is 0.0; expected a number above 0"),
         (["generate", "x", "--model", "MODEL", "--sample", "--top-p", "1.5"], "top_p is 1.5; expected a number from 0 to 1"),
     ],

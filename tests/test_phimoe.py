@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import transformers
 from moe_tester import MoeTester
 from tester import VariantTester
@@ -67,3 +68,9 @@ def test_sparse_mixer_is_transformers():
         theirs, experts = sparsemixer(torch.tensor(logits), jitter, False)
         np.testing.assert_array_equal(chosen, experts)
         np.testing.assert_allclose(weights, theirs, rtol=1e-6)
+
+
+def test_every_token_goes_to_two_experts():
+    """HF's router chooses two, whatever the config says."""
+    with pytest.raises(ValueError, match="num_experts_per_tok is 1; SparseMixer sends every token to 2 experts"):
+        AutoConfig.for_model("phimoe", num_experts_per_tok=1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,6 +73,8 @@ def _prompt_of(line: str, number: int) -> str:
 
 def generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
+    if args.jsonl not in (None, "-") and not Path(args.jsonl).absolute().parent.is_dir():
+        raise ValueError(f"--jsonl {args.jsonl}: there is no directory {Path(args.jsonl).absolute().parent} to write it to")
     model, params, tokenizer = _load(args)
     options = _options(args)
     start = time.perf_counter()
@@ -81,8 +85,10 @@ def generate(args: argparse.Namespace) -> None:
         print(_rate(int(out.lengths.sum()), time.perf_counter() - start), file=sys.stderr)
         return
     total = 0
+    results = _batches(model, params, tokenizer, prompts, args.batch_size, options)
+    first = next(results)  # what is wrong with the model comes before anything is written
     with _sink(args.jsonl) as sink:
-        for result in _batches(model, params, tokenizer, prompts, args.batch_size, options):
+        for result in itertools.chain([first], results):
             total += result["tokens"]
             if sink is None:
                 print(("" if model.config.is_encoder_decoder else result["prompt"]) + result["text"], end="\n\n", flush=True)
