@@ -126,6 +126,7 @@ def test_parity(checkpoint, capsys, tmp_path):
         (["parity", "a", "b", "c", "d"], "parity record PATH FILE"),
         (["parity", "record", "MODEL", "/no/such/place/answers"], "there is no directory /no/such/place"),
         (["info", "MODEL", "--mesh", "fsdp=0"], "fsdp=4,tensor=2"),
+        (["info", "MODEL", "--mesh", "fsdp=-1"], "give every size"),
         (["convert", "MODEL", "out", "--max-shard-size", "tiny"], "max_shard_size 'tiny': expected bytes"),
         (["generate", "x", "--file", "prompts"], "arguments and in --file"),
         (["generate", "--file", "/no/such/file"], "/no/such/file"),

@@ -101,6 +101,8 @@ def info(args: argparse.Namespace) -> None:
 def _rules(mesh: str, preset: str) -> Rules:
     """The preset over a mesh of the named sizes, whose devices need not exist."""
     sizes = mesh_sizes(mesh)
+    if -1 in sizes.values():
+        raise ValueError(f"--mesh {mesh!r}: -1 stands for the devices that are left, and here is no number of them; give every size")
     return Rules.preset(preset, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
 
