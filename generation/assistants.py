@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.cache import KV, EncoderDecoderKV, Recurrent, SlidingKV
-from jaxmodels.caches import cache_implementation
+from jaxmodels.cache import KV, Recurrent, SlidingKV
+from jaxmodels.cache_offloaded import OffloadedCache, OffloadedKV
+from jaxmodels.cache_sink import SinkCache, SinkKV
+from jaxmodels.caches import WINDOW, cache_implementation
 from jaxmodels.generation.assisted import Drafter, Memory
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.drafts import DraftModel, PromptLookup
 from jaxmodels.generation.processors_base import to_float, to_int
 from jaxmodels.generation.universal import Given, Reencoder
 
+TAKE_BACK = KV | SlidingKV | Recurrent | OffloadedKV | SinkKV  # recurrent states read the accepted drafts again
+FORGETS = "drafts that are wrong are taken back, and a cache in few bits has rounded older tokens by then"
 ROUNDS = 2  # the columns of so many rounds are room for what a batch's rows reject, before the cache is compacted
 DEFAULTS: dict[str, Any] = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
 
@@ -38,10 +42,8 @@ def build_drafter(
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} are both set: tokens are drafted in one way; choose one")
     _check(config, names[0])
-    if cache is not None and not all(isinstance(state, KV | SlidingKV | Recurrent | EncoderDecoderKV) for state in cache.layers):
-        raise ValueError(
-            f"{names[0]} takes drafts back, which the cache's states cannot: begin with a cache of init_cache(model, …) as it is"
-        )
+    if cache is not None and not all(isinstance(getattr(state, "own", state), TAKE_BACK) for state in cache.layers):
+        raise ValueError(f"{names[0]}: {FORGETS}; begin with another cache")
     if asked["prompt_lookup_num_tokens"]:
         if config.assistant_ensemble_weight is not None:
             raise ValueError("assistant_ensemble_weight weighs an assistant's probabilities, and prompt_lookup_num_tokens has none")
@@ -78,11 +80,13 @@ def _check(config: Any, name: str) -> None:
         f"penalty_alpha={config.penalty_alpha} and top_k={config.top_k}": bool(config.penalty_alpha and config.top_k > 1)
         and not config.do_sample,
         "use_cache=False": config.use_cache is False,
-        f"cache_implementation={config.cache_implementation!r}": cache_implementation(config.cache_implementation, None) is not None,
     }
     found = [words for words, active in other.items() if active]
     if found:
         raise ValueError(f"{name} goes with greedy decoding and sampling of one sequence per prompt; found {', '.join(found)}")
+    made = cache_implementation(config.cache_implementation, config.cache_config)
+    if made not in (None, WINDOW) and not isinstance(made, OffloadedCache | SinkCache):
+        raise ValueError(f"{name} and cache_implementation={config.cache_implementation!r}: {FORGETS}; choose another cache")
     for option in ("num_assistant_tokens", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if isinstance(getattr(config, option), jax.core.Tracer):
             raise ValueError(f"{option} decides shapes: make it static in jax.jit, static_argnames=({option!r},)")

@@ -99,8 +99,9 @@ class Drafter(Protocol):
         """T: one more than the most drafts of a round."""
         ...
 
-    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int) -> Progress:
-        """After the prompt [B,P] and, of an encoder-decoder, what its encoder reads; `memory`: of an earlier turn."""
+    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int, chunk: int | None) -> Progress:
+        """After the prompt [B,P] and, of an encoder-decoder, what its encoder reads; `memory`: of an earlier turn; `chunk`: see
+        in_chunks."""
         ...
 
     def propose(self, assisted: Assisted, state: State, live: jax.Array) -> tuple[Drafts, State]:

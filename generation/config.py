@@ -102,6 +102,7 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "use_cache": (lambda x: isinstance(x, bool), "True or False"),
     "cache_implementation": (lambda x: x in CACHES, f"one of {', '.join(CACHES)}"),
     "cache_config": (lambda x: isinstance(x, Mapping), "a dictionary of the cache_implementation's options"),
+    "prefill_chunk_size": (lambda x: _whole(x) and x > 0, "an integer above 0"),
     "max_cache_len": (lambda x: _whole(x) and x > 0, "an integer above 0"),
 }
 

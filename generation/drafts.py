@@ -5,6 +5,7 @@ Axis letters: B rows, K drafts, T = K + 1 columns that are checked, P the prompt
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 
 from jaxmodels.cache import Cache, init_cache
 from jaxmodels.generation.assisted import DRAFTS, Assisted, Drafts, Memory, Progress, settle
+from jaxmodels.generation.prefill import in_chunks
 from jaxmodels.generation.processors_base import kind
 from jaxmodels.generation.sampling import State, argmax, reader
 
@@ -48,7 +50,7 @@ class PromptLookup:
     columns: int = struct.field(pytree_node=False)
     kind: str = kind("PromptLookup")
 
-    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int) -> Progress:
+    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int, chunk: int | None) -> Progress:
         return progress(self.num, len(ids))
 
     def propose(self, assisted: Assisted, state: State, live: jax.Array) -> tuple[Drafts, State]:
@@ -93,17 +95,19 @@ class DraftModel:
     logits: bool = struct.field(pytree_node=False)
     kind: str = kind("DraftModel")
 
-    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Memory | None, slots: int) -> Progress:
+    def begin(
+        self, ids: jax.Array, real: jax.Array, source: Any, memory: Memory | None, slots: int, chunk: int | None = None
+    ) -> Progress:
         if self.shared:
             return progress(self.num, len(ids))
         # compact: the other cache may have been, and `slots` are made for its index
         cache = init_cache(self.model, len(ids), slots) if memory is None else memory.cache.compact().resize(slots)
-        cache = reader(self.model, self.params, source)(ids, real, cache, logits_to_keep=1).cache
+        cache = in_chunks(partial(self._read, source=source), self._read, chunk)(ids, real, cache)[1]
         return progress(self.num, len(ids), Memory(cache.spare(self.columns), self.model))
 
-    def _read(self, tokens: jax.Array, real: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _read(self, tokens: jax.Array, real: jax.Array, cache: Cache, source: Any = None) -> tuple[jax.Array, Cache]:
         """The newest logits [B,V], where they are numbers: behind the last of learned positions there are none."""
-        out = reader(self.model, self.params)(tokens, real, cache, logits_to_keep=1)
+        out = reader(self.model, self.params, source)(tokens, real, cache, logits_to_keep=1)
         logits = out.logits[:, 0].astype(jnp.float32)
         return jnp.where(jnp.isnan(logits), 0, logits), out.cache
 

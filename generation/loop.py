@@ -26,12 +26,14 @@ from jaxmodels.cache_offloaded import OffloadedKV
 from jaxmodels.caches import cache_implementation
 from jaxmodels.generation.assistants import ROUNDS, build_drafter, build_reencoder, recall
 from jaxmodels.generation.assisted import Assistance, Assisted, Memory, Progress
+from jaxmodels.generation.beam import BeamSearch
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, read_both
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
+from jaxmodels.generation.prefill import in_chunks
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.recompute import recomputes, reread, transcript
 from jaxmodels.generation.sampling import Forward, Result, State, Strategy, reader
@@ -79,8 +81,7 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | No
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn; None without one, and after beam search where layers look back over a window, recur or round. `lengths` [B*R] int32: new
-    tokens of each row, its end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a
+    next turn; None with use_cache=False. `lengths` [B*R] int32: new tokens of each row, its end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a
     row's end: of beams. `assistance`: how drafts did, of assisted decoding. States and attentions: see read_states."""
 
     sequences: Any
@@ -221,6 +222,8 @@ def generate(
         cache = cache.replace(memory=recall(drafter, cache.memory))
     unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
+    chunk = config.prefill_chunk_size
+    P = P if chunk is None else -(-P // chunk) * chunk
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     room = limit - (not contrastive(config)) + (0 if drafter is None else ROUNDS * drafter.columns)
     slots = max(bucket(used + P + room), 0 if cache is None else cache.slots, config.max_cache_len or 0)
@@ -243,7 +246,7 @@ def generate(
         state, report = _prefill(
             model, params, strategy, ids_wide, real_wide, source, cache, np.int32(T),
             None if negative is None else tuple(map(widen, negative)), (*stops, *own.followers),
-            slots=slots, steps=bucket(limit) if any(record) else 0, record=record, kept=kept,
+            slots=slots, steps=bucket(limit) if any(record) else 0, record=record, kept=kept, chunk=chunk,
         )  # fmt: skip
         reencode = None
         if assistant_tokenizer is not None:
@@ -273,13 +276,14 @@ def _forward(model: Any, params: Any, strategy: Strategy, source: Any = None, lo
     return guided(forward)
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "steps", "record", "kept"))
+@partial(jax.jit, static_argnames=("model", "slots", "steps", "record", "kept", "chunk"))
 def _prefill(
     model: Any, params: Any, strategy: Strategy, ids: jax.Array, real: jax.Array, source: Any, cache: Cache | None, length: jax.Array,
     negative: tuple[jax.Array, jax.Array] | None, followers: tuple[Any, ...], *, slots: int, steps: int, record: tuple[bool, bool],
-    kept: Any,
+    kept: Any, chunk: int | None,
 ) -> tuple[State, Report]:  # fmt: skip
-    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: see _kept."""
+    """Read the prompt [B,P], beside it a negative one, once and choose the first tokens of its copies. `kept`: see _kept; `chunk`: see
+    in_chunks."""
     memory = None
     if isinstance(cache, TurnCache):
         ids = jnp.concatenate([_columns(cache.token), ids], 1)
@@ -287,12 +291,15 @@ def _prefill(
         memory, cache = cache.memory, cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
-    forward = _forward(model, params, strategy, source)
+    forward = in_chunks(_forward(model, params, strategy, source), _forward(model, params, strategy), chunk)
     empty = lambda rows: transcript(rows, slots, source) if kept is False else init_cache(model, rows, slots, implementation=kept)
     if negative is None:
         seen, cache = forward(ids, real, empty(B) if cache is None else cache.resize(slots))
     else:
         seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), empty(2 * B))
+    prompt = None
+    if isinstance(strategy, BeamSearch):
+        prompt = tuple(None if _takes_back(layer) else layer for layer in _conditional(cache).layers)
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
         seen, ids, real = jax.tree.map(lambda x: x[rows], (seen, ids, real))
@@ -300,8 +307,8 @@ def _prefill(
     wide = lambda x: jnp.pad(x, ((0, 0), (0, W - P)))
     sequences = Sequences(wide(ids), wide(real), jnp.int32(P), length, jnp.int32(0)).follow(followers)
     scores, logits = (jnp.zeros((steps, *jax.tree.leaves(seen)[0].shape), jnp.float32) if wanted else None for wanted in record)
-    extra = strategy.drafter.begin(ids, real, source, memory, slots) if isinstance(strategy, Assisted) else None
-    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), scores, logits, extra), seen)
+    extra = strategy.drafter.begin(ids, real, source, memory, slots, chunk) if isinstance(strategy, Assisted) else None
+    state = strategy.start(State(sequences, cache, jnp.zeros(B * copies, bool), scores, logits, extra, prompt), seen)
     return state, _report(strategy, state)
 
 
@@ -353,14 +360,24 @@ def _chunks(
             streamer.end()
 
 
-def _before_beams(cache: Cache, ids: Any, rows: int, read: jax.Array) -> Cache | None:
-    """What `rows` results have in common: the cache of beams without the `read` tokens that they read since the prompt; None where these
-    have driven out or rounded older ones."""
-    if not all(isinstance(getattr(state, "own", state), KV | OffloadedKV) for state in cache.layers):
-        return None
-    beams = len(cache.positions) // len(ids)
-    taken = cache.take(jnp.repeat(jnp.arange(0, len(cache.positions), beams), rows // len(ids)))
-    return taken.rewind(taken.lengths - read, taken.index - read)
+def _takes_back(state: Any) -> bool:
+    """Whether tokens that a layer has read leave no trace when their slots are emptied."""
+    return isinstance(getattr(state, "own", state), KV | OffloadedKV)
+
+
+def _before_beams(state: State, B: int, rows: int) -> Cache:
+    """What `rows` results of B prompts have in common: the cache as it was after the prompt."""
+    cache = _conditional(state.cache)
+    beams, copies, read = len(cache.positions) // B, rows // B, state.sequences.new - 1
+    of_beams, of_prompts = (jnp.repeat(jnp.arange(0, n, step), copies) for n, step in ((B * beams, beams), (B, 1)))
+    states = tuple(now.take(of_beams) if then is None else then.take(of_prompts) for now, then in zip(cache.layers, state.prompt))
+    positions = cache.positions[of_beams]
+    positions = jnp.where(positions < (positions.max(1, keepdims=True) + 1 - read), positions, -1)
+    return cache.replace(layers=states, positions=positions, index=cache.index - read)
+
+
+def _conditional(cache: Cache) -> Cache:
+    return cache.conditional() if isinstance(cache, GuidedCache) else cache
 
 
 def _columns(x: jax.Array) -> jax.Array:
@@ -371,12 +388,12 @@ def _columns(x: jax.Array) -> jax.Array:
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    kept: Any = state.cache.conditional() if isinstance(state.cache, GuidedCache) else state.cache
+    kept: Any = _conditional(state.cache)
     rows = len(last[0])
     if recomputes(kept):
         kept = None
     elif last[0].ndim == 2:
-        kept = _before_beams(kept, ids, rows, state.sequences.new - 1)
+        kept = _before_beams(state, len(ids), rows)
     elif len(kept.positions) > rows:
         kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // rows))
     memory = state.extra.memory if isinstance(state.extra, Progress) else None

@@ -27,7 +27,7 @@ BLOCK = 128
 @struct.dataclass
 class State:
     """What a step of decoding hands to the next. `finished` [B]; `scores` and `logits` [N,B,V] float32 where asked for; `extra`: what
-    else the strategy remembers."""
+    else the strategy remembers; `prompt`: of beams, the states after the prompt of the layers that cannot take tokens back."""
 
     sequences: Sequences
     cache: Cache
@@ -35,6 +35,7 @@ class State:
     scores: jax.Array | None
     logits: jax.Array | None
     extra: Any = None
+    prompt: Any = None
 
     @property
     def steps(self) -> jax.Array:

@@ -91,6 +91,13 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
         if model_config.is_encoder_decoder:
             raise ValueError("dola_layers contrasts a decoder's layers; this model is an encoder-decoder")
         early_layers(config.dola_layers, model_config.num_hidden_layers, model_config.tie_word_embeddings)
+    chunk = config.prefill_chunk_size
+    if isinstance(chunk, jax.core.Tracer):
+        raise ValueError("prefill_chunk_size decides shapes: make it static in jax.jit, static_argnames=('prefill_chunk_size',)")
+    if chunk is not None and config.use_cache is False:
+        raise ValueError(f"prefill_chunk_size={chunk}: the chunks of a prompt follow one another through a cache; leave out use_cache=False")
+    if chunk is not None and looks["penalty_alpha"]:
+        raise ValueError(f"prefill_chunk_size={chunk} and penalty_alpha: contrastive search looks at the whole prompt; leave out one of them")
     if any(looks.values()) and config.guidance_scale not in (None, 1.0):
         name = next(name for name, active in looks.items() if active)
         raise ValueError(f"guidance_scale={config.guidance_scale} and {name} cannot be combined: both change what the likeliest tokens are")

@@ -30,7 +30,7 @@ class Given:
     heuristic: bool = struct.field(pytree_node=False)
     kind: str = kind("Given")
 
-    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int) -> Progress:
+    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Any, slots: int, chunk: int | None) -> Progress:
         B = len(ids)
         return progress(self.num, B, given=Drafts(jnp.zeros((B, self.columns - 1), jnp.int32), jnp.zeros(B, jnp.int32)))
 

@@ -263,7 +263,7 @@ class Cache(struct.PyTreeNode):
 
     def spare(self, tokens: int) -> Cache:
         """Layers over a window keep `tokens` more, so that `rewind` can take back as many."""
-        wide = lambda state: state.spare(tokens, self.slots) if isinstance(state, SlidingKV) else state
+        wide = lambda state: state.spare(tokens, self.slots) if hasattr(state, "spare") else state
         return self.replace(layers=tuple(map(wide, self.layers)))
 
     def compact(self) -> Cache:

@@ -70,6 +70,9 @@ class OffloadedKV(struct.PyTreeNode):
     def take(self, rows: jax.Array) -> OffloadedKV:
         return OffloadedKV(to_host_memory(to_device_memory(self.kv).take(rows)))
 
+    def gather(self, order: jax.Array) -> OffloadedKV:
+        return OffloadedKV(to_host(to_device(self.kv).gather(order)))
+
 
 def to_host_memory(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)

@@ -95,6 +95,9 @@ class SinkKV(struct.PyTreeNode):
     def resize(self, slots: int) -> SinkKV:
         return self.replace(ring=self.ring.resize(slots))
 
+    def spare(self, tokens: int, slots: int) -> SinkKV:
+        return self.replace(ring=self.ring.spare(tokens, slots))
+
     def rewind(self, lengths: jax.Array) -> SinkKV:
         return self.replace(ring=self.ring.rewind(lengths))
 
@@ -132,7 +135,8 @@ def attend_to_sinks(q: jax.Array, k: jax.Array, v: jax.Array, state: SinkKV, ste
         dropped = jnp.maximum(positions - (state.window - 1), 0)
         places = jnp.where(places >= 0, places + dropped, -1)
         keys = jnp.concatenate([turned(first, places), keys], 1)
-        k_positions = jnp.concatenate([places, k_positions], 1)
+        near_ones = jnp.where(k_positions > positions - state.ring.window, k_positions, -1)  # a spare ring holds more
+        k_positions = jnp.concatenate([places, near_ones], 1)
         return _with_state(attention(near, keys, values, positions, k_positions, **options), state)
     # every query has the first tokens elsewhere: two rotations of it side by side, one for either kind of key
     far = turned(q, jnp.clip(positions, 0, state.window - 1))
