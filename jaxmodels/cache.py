@@ -213,7 +213,7 @@ class Cache(struct.PyTreeNode):
         are moved, in place, and nothing where the rows stay."""
         block = MOVED if self.slots % MOVED == 0 else self.slots
         stays = (rows == jnp.arange(len(rows))).all()
-        part = [i for i, state in enumerate(self.layers) if hasattr(state, "take_slots")]
+        part = [i for i, state in enumerate(self.layers) if hasattr(getattr(state, "own", state), "take_slots")]
         whole = [i for i in range(len(self.layers)) if i not in part]
         layers = list(self.layers)
 
@@ -221,7 +221,8 @@ class Cache(struct.PyTreeNode):
             return [state.take_slots(rows, i * block, block) for state in states]
 
         moved = lax.fori_loop(start // block, jnp.where(stays, 0, -(-stop // block)), move, [layers[i] for i in part])
-        take = lambda states: [state.take(rows) for state in states]
+        own = lambda state: state.replace(own=state.own.take(rows)) if hasattr(state, "own") else state.take(rows)
+        take = lambda states: [own(state) for state in states]  # what is read of an encoder stays: see take_slots
         taken = lax.cond(stays, lambda states: states, take, [layers[i] for i in whole])
         for i, state in zip((*part, *whole), (*moved, *taken)):
             layers[i] = state
@@ -386,6 +387,8 @@ def cache_shardings(cache: Cache, rules: Any) -> Cache:
         return rules.sharding((None,) * (len(leaf.shape) - len(axes)) + axes, leaf.shape)
 
     def places(state: Any) -> Any:
+        if isinstance(state, EncoderDecoderKV):
+            return EncoderDecoderKV(places(state.own), places(state.cross))
         found, kind = jax.tree.map(place, state, state.axes), getattr(state, "memory_kind", None)
         return found if kind is None else jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), found)
 
