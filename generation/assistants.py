@@ -12,11 +12,11 @@ from jaxmodels.cache import KV, Recurrent, SlidingKV
 from jaxmodels.cache_offloaded import OffloadedCache, OffloadedKV
 from jaxmodels.cache_sink import SinkCache, SinkKV
 from jaxmodels.caches import WINDOW, cache_implementation
-from jaxmodels.generation.assisted import Drafter, Memory
+from jaxmodels.generation.assisted import Assisted, Drafter, Memory
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.drafts import DraftModel, PromptLookup
-from jaxmodels.generation.processors_base import to_float, to_int
-from jaxmodels.generation.universal import Given, Reencoder
+from jaxmodels.generation.processors_base import id_array, to_float, to_int
+from jaxmodels.generation.universal import Given, Reencoder, SharedWords, shared_words
 
 TAKE_BACK = KV | SlidingKV | Recurrent | OffloadedKV | SinkKV  # recurrent states read the accepted drafts again
 FORGETS = "drafts that are wrong are taken back, and a cache in few bits has rounded older tokens by then"
@@ -92,15 +92,23 @@ def _check(config: Any, name: str) -> None:
             raise ValueError(f"{option} decides shapes: make it static in jax.jit, static_argnames=({option!r},)")
 
 
-def build_reencoder(config: Any, assistant_model: tuple[Any, Any], tokenizers: tuple[Any, Any], ids: Any, real: Any) -> Reencoder:
-    """What drafts on the host, after prompts ids [B,T] of which real [B,T] is no padding."""
+def build_reencoder(
+    config: Any, assistant_model: tuple[Any, Any], tokenizers: tuple[Any, Any], ids: Any, real: Any, assisted: Any
+) -> Reencoder:
+    """What drafts on the host for `assisted`, an Assisted, after prompts ids [B,T] of which real [B,T] is no padding."""
     if isinstance(ids, jax.core.Tracer):
-        raise ValueError("with two tokenizers drafts go through text, on the host: this cannot be used inside jax.jit")
+        raise ValueError("with two tokenizers the assistant reads text, on the host: this cannot be used inside jax.jit")
     draft, params = assistant_model
-    eos = GenerationConfig.from_model_config(draft.config).eos_token_id
-    drafter = dataclasses.replace(_draft_model(config, draft, params, shared=False), logits=False)
+    drafter = _draft_model(config, draft, params, shared=False)
+    if config.do_sample:
+        parts = {f.name: getattr(drafter, f.name) for f in dataclasses.fields(drafter) if f.name != "kind"}
+        drafter = SharedWords(**parts, words=shared_words(*tokenizers, (assisted.drafter.logits, draft.config.vocab_size)))
+    else:
+        ends = id_array(GenerationConfig.from_model_config(draft.config).eos_token_id)
+        drafter = dataclasses.replace(drafter, logits=False)
+        assisted = Assisted((), ends, np.int32(0), None, np.int32(np.iinfo(np.int32).max), None, None)
     lookbehind = (config.target_lookbehind or 10, config.assistant_lookbehind or 10)
-    return Reencoder(drafter, eos, tokenizers, lookbehind, [row[keep] for row, keep in zip(ids, real)])
+    return Reencoder(drafter, assisted, tokenizers, lookbehind, [row[keep] for row, keep in zip(ids, real)])
 
 
 def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[Any, Any], cache: Any) -> Drafter:
@@ -119,7 +127,8 @@ def _assistant(config: Any, model: Any, assistant_model: Any, tokenizers: tuple[
             raise ValueError(
                 "with two tokenizers drafts go through text: not with an encoder-decoder, a cache or assistant_ensemble_weight"
             )
-        return Given(drafter.num, columns=drafter.columns, heuristic=drafter.heuristic)
+        vocab = model.config.vocab_size if config.do_sample else None
+        return Given(drafter.num, columns=drafter.columns, heuristic=drafter.heuristic, logits=vocab)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the assistant has a vocabulary of {draft.config.vocab_size} tokens and the model of {model.config.vocab_size}: with two "

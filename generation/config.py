@@ -23,10 +23,10 @@ from jaxmodels.generation.watermark import as_watermarking_config
 
 FILE_NAME = "generation_config.json"
 
-# Options of HF's that `generate` does not follow yet, and the values at which they do nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_mtp": (None, False),
-    "speculation_type": (None,),
+# Options of HF's that `generate` does not follow, and why.
+UNSUPPORTED = {
+    "use_mtp": "the layers of a checkpoint that predict further tokens (of these families DeepSeek-V3's) are not loaded",
+    "speculation_type": "its drafts ('dflash') come from models of a kind of their own, which none of these families is",
 }
 
 # What only sampling, and only beams, look at, and the values at which it does nothing.
@@ -112,8 +112,8 @@ class GenerationConfig:
     """Options of `generate` with HF's names. None is unset: the model's own value or HF's default counts then.
 
     Defaults: 20 new tokens, do_sample False, temperature 1, top_k 50, top_p 1, repetition_penalty 1, num_return_sequences 1;
-    pad, bos and eos ids from the model's config, pad else the first eos. Options that are HF's and not yet followed are kept and
-    saved, and are an error of `generate` when they are active. `extra` holds unknown keys of a file; saved again, not compared."""
+    pad, bos and eos ids from the model's config, pad else the first eos. The options of UNSUPPORTED are kept and saved, and are an
+    error of `generate` when they are active. `extra` holds unknown keys of a file; saved again, not compared."""
 
     max_length: int | None = None
     max_new_tokens: int | None = None
@@ -263,12 +263,12 @@ class GenerationConfig:
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
         defaults |= {"num_beams": 1, "num_beam_groups": 1, "early_stopping": False, "length_penalty": 1.0}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})
-        active = [f"{k}={v!r}" for k, off in UNSUPPORTED.items() if (v := getattr(full, k)) not in off]
-        if active:
-            raise ValueError(
-                f"{', '.join(active)}: not supported yet. Supported are greedy decoding, beams with num_beams, and sampling, by "
-                "do_sample, with every processor and stopping criterion of HF's"
-            )
+        for name, reason in UNSUPPORTED.items():
+            if getattr(full, name):
+                raise ValueError(
+                    f"{name}={getattr(full, name)!r} is not supported: {reason}. Tokens are drafted by assistant_model, "
+                    "assistant_early_exit or prompt_lookup_num_tokens"
+                )
         full._check_tokens(model_config.vocab_size)
         used = {"top_k"} if full.penalty_alpha is not None else set()
         idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and k not in used and _differs(getattr(self, k), off)]

@@ -95,9 +95,7 @@ class DraftModel:
     logits: bool = struct.field(pytree_node=False)
     kind: str = kind("DraftModel")
 
-    def begin(
-        self, ids: jax.Array, real: jax.Array, source: Any, memory: Memory | None, slots: int, chunk: int | None = None
-    ) -> Progress:
+    def begin(self, ids: jax.Array, real: jax.Array, source: Any, memory: Memory | None, slots: int, chunk: int | None = None) -> Progress:
         if self.shared:
             return progress(self.num, len(ids))
         # compact: the other cache may have been, and `slots` are made for its index
@@ -111,6 +109,14 @@ class DraftModel:
         logits = out.logits[:, 0].astype(jnp.float32)
         return jnp.where(jnp.isnan(logits), 0, logits), out.cache
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    def follow(self, i: jax.Array, sequences: Any, going: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B,V] of the next token, number i of a round, and the cache that has read the newest one where `going` [B]."""
+        return self._read(sequences.last()[0], going[:, None], cache)
+
     def propose(self, assisted: Assisted, state: State, live: jax.Array) -> tuple[Drafts, State]:
         s, T = state.sequences, self.columns
         before = state.cache if self.shared else state.extra.memory.cache
@@ -119,10 +125,10 @@ class DraftModel:
 
         def body(carry: Any) -> Any:
             i, going, budget, counts, sequences, tokens, logits, cache = carry
-            seen, cache = self._read(sequences.last()[0], going[:, None], cache)
+            seen, cache = self.follow(i, sequences, going, cache)
             scores = dataclasses.replace(state, sequences=sequences).process(assisted.processors, seen)
             token = argmax(scores) if assisted.key is None else assisted.draw(scores, sequences.new, DRAFTS)
-            more = going & (counts < budget)
+            more = going & (counts < budget) & (scores > -jnp.inf).any(-1)
             counts = counts + more
             sure = jnp.take_along_axis(jax.nn.softmax(scores), token[:, None], 1)[:, 0] >= self.threshold
             budget = jnp.where(sure & ~(token[:, None] == assisted.eos_token_id).any(-1), budget, counts)
@@ -132,7 +138,7 @@ class DraftModel:
             return i + 1, going, budget, counts, sequences.append(token, more), tokens, logits, cache
 
         none = jnp.zeros((B, T), jnp.int32)
-        logits = jnp.zeros((B, T, self.model.config.vocab_size), jnp.float32) if self.logits else None
+        logits = jnp.zeros((B, T, self.vocab_size), jnp.float32) if self.logits else None
         carry = (jnp.int32(0), live & (budget > 0) if again else live, budget, none[:, 0], s, none, logits, before)
         *_, counts, _, tokens, logits, after = lax.while_loop(lambda carry: carry[1].any(), body, carry)
         drafts = Drafts(tokens[:, :-1], counts, None if logits is None else logits[:, :-1], None if self.shared else after)

@@ -81,8 +81,9 @@ def _turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | No
 class GenerateOutput(ModelOutput):
     """sequences [B*R, T+N] int32: input_ids as given and the new tokens, pad_token_id after a row's end. `scores` and `logits`
     [N, B*R, V] float32, processed and raw, when output_scores or output_logits; indexed by step as HF's tuples are. `cache`: for the
-    next turn; None with use_cache=False. `lengths` [B*R] int32: new tokens of each row, its end-of-sequence token included. `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a
-    row's end: of beams. `assistance`: how drafts did, of assisted decoding. States and attentions: see read_states."""
+    next turn; None with use_cache=False. `lengths` [B*R] int32: new tokens of each row, its end-of-sequence token included.
+    `sequences_scores` [B*R] float32 and `beam_indices` [B*R,N] int32, -1 after a row's end: of beams. `assistance`: how drafts did, of
+    assisted decoding. States and attentions: see read_states."""
 
     sequences: Any
     scores: Any = None
@@ -250,7 +251,7 @@ def generate(
         )  # fmt: skip
         reencode = None
         if assistant_tokenizer is not None:
-            reencode = build_reencoder(config, assistant_model, (tokenizer, assistant_tokenizer), ids, real)  # type: ignore[arg-type]
+            reencode = build_reencoder(config, assistant_model, (tokenizer, assistant_tokenizer), ids, real, strategy)  # type: ignore[arg-type]
         if streamer is None and reencode is None and (deadline is None or beams > 1):
             state, report = decode(state, np.int32(limit))
         else:

@@ -18,7 +18,7 @@ def in_chunks(first: Any, later: Any, size: int | None) -> Any:
 
     def read(ids: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
         P = ids.shape[1]
-        if size is None or P <= size:
+        if size is None or size >= P:
             return first(ids, real, cache)
         cut = lambda x, i: lax.dynamic_slice_in_dim(x, i * size, size, 1)
         start = real.any(0).argmax() // size

@@ -82,6 +82,7 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
             f"num_return_sequences={returned} returns equal rows in greedy decoding; set do_sample=True or num_beams={returned} or more"
         )
     _check_beams(config, model_config.vocab_size)
+    _check_chunks(config)
     if contrastive(config) and config.top_k > model_config.vocab_size:
         raise ValueError(f"top_k={config.top_k} candidates are more than the vocabulary's {model_config.vocab_size} tokens")
     looks = {"penalty_alpha": contrastive(config), "dola_layers": config.dola_layers is not None}
@@ -91,13 +92,6 @@ def check(config: Any, model_config: Any, streamer: Any = None) -> None:
         if model_config.is_encoder_decoder:
             raise ValueError("dola_layers contrasts a decoder's layers; this model is an encoder-decoder")
         early_layers(config.dola_layers, model_config.num_hidden_layers, model_config.tie_word_embeddings)
-    chunk = config.prefill_chunk_size
-    if isinstance(chunk, jax.core.Tracer):
-        raise ValueError("prefill_chunk_size decides shapes: make it static in jax.jit, static_argnames=('prefill_chunk_size',)")
-    if chunk is not None and config.use_cache is False:
-        raise ValueError(f"prefill_chunk_size={chunk}: the chunks of a prompt follow one another through a cache; leave out use_cache=False")
-    if chunk is not None and looks["penalty_alpha"]:
-        raise ValueError(f"prefill_chunk_size={chunk} and penalty_alpha: contrastive search looks at the whole prompt; leave out one of them")
     if any(looks.values()) and config.guidance_scale not in (None, 1.0):
         name = next(name for name, active in looks.items() if active)
         raise ValueError(f"guidance_scale={config.guidance_scale} and {name} cannot be combined: both change what the likeliest tokens are")
@@ -130,3 +124,13 @@ def _check_beams(config: Any, vocab_size: int) -> None:
     largest = max((token for constraint in constraints for phrase in constraint.phrases for token in phrase), default=0)
     if largest >= vocab_size:
         raise ValueError(f"a constraint names token {largest}; the model's vocabulary has {vocab_size} (0..{vocab_size - 1})")
+
+
+def _check_chunks(config: Any) -> None:
+    size = config.prefill_chunk_size
+    if isinstance(size, jax.core.Tracer):
+        raise ValueError("prefill_chunk_size decides shapes: make it static in jax.jit, static_argnames=('prefill_chunk_size',)")
+    if size is not None and config.use_cache is False:
+        raise ValueError(f"prefill_chunk_size={size}: chunks of a prompt follow one another through a cache; leave out use_cache=False")
+    if size is not None and contrastive(config):
+        raise ValueError(f"prefill_chunk_size={size}: contrastive search looks at the whole prompt; leave it or penalty_alpha out")

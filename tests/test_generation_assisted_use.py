@@ -200,7 +200,8 @@ ALL = {"prompt_lookup_num_tokens": 3}
         ({"num_assistant_tokens_schedule": "often"}, "expected one of 'constant', 'heuristic', 'heuristic_transient'"),
         ({"assistant_model": 3}, r"assistant_model is a pair \(model, params\), as from_pretrained returns it; found int"),
         ({"assistant_tokenizer": 3}, "assistant_tokenizer belongs to an assistant_model"),
-        ({"use_mtp": True}, "use_mtp=True: not supported yet"),
+        ({"use_mtp": True}, "use_mtp=True is not supported: the layers .* are not loaded.*assistant_early_exit"),
+        ({"speculation_type": "dflash"}, "speculation_type='dflash' is not supported"),
     ],
     ids=str,
 )  # fmt: skip
