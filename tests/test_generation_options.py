@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmodels.generation import generate
+from jaxmodels.generation.config import FIELDS
 from jaxmodels.generation.processors import SuppressTokens, id_array
 from jaxmodels.generation.watermark import WatermarkingConfig
 
@@ -242,13 +243,28 @@ VALUES = {  # an option, and other values of the same structure
     "mask_fn": (lambda ids: np.arange(VOCAB) > 3, lambda ids: np.arange(VOCAB) > 9),
     "temperature": (0.7, 1.3), "top_k": (5, 90), "top_p": (0.5, 0.9), "min_p": (0.1, 0.2), "top_h": (0.3, 0.6), "typical_p": (0.5, 0.7),
     "epsilon_cutoff": (0.01, 0.02), "eta_cutoff": (0.01, 0.02), "length_penalty": (0.5, 2.0), "early_stopping": (True, "never"),
+    "key": (jax.random.key(1), jax.random.key(2)), "negative_prompt_ids": (np.full((2, 5), 7), np.full((2, 9), 11)),
 }  # fmt: skip
-SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+ARGUMENTS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "mask_fn", "key", "negative_prompt_ids"}
+ELSEWHERE = {  # options whose values vary while compilations are counted, in the tests of the strategies that have them
+    "diversity_penalty", "penalty_alpha", "force_words_ids", "constraints", "stop_strings", "num_assistant_tokens",
+    "decoder_start_token_id", "assistant_confidence_threshold", "assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+}  # fmt: skip
+STRUCTURE = {  # what runs, and with which shapes
+    "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "dola_layers", "assistant_early_exit", "prefill_chunk_size",
+    "num_assistant_tokens_schedule", "token_healing", "remove_invalid_values", "renormalize_logits", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "output_scores", "output_logits", "output_hidden_states", "output_attentions",
+}  # fmt: skip
+ON_THE_HOST = {  # what no program knows
+    "bos_token_id", "assistant_lookbehind", "target_lookbehind", "return_dict_in_generate", "is_assistant", "compile_config",
+    "disable_compile", "use_mtp", "speculation_type",
+}  # fmt: skip
+SAMPLED = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "key"}
 TOGETHER = [
     sorted(SAMPLED),
     ["repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"],
     ["encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "watermarking_config"],
-    ["min_length", "exponential_decay_length_penalty", "guidance_scale", "eos_token_id", "pad_token_id"],
+    ["min_length", "exponential_decay_length_penalty", "guidance_scale", "negative_prompt_ids", "eos_token_id", "pad_token_id"],
     ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "mask_fn", "min_new_tokens"],
     ["max_time"], ["max_new_tokens"], ["max_length"],
     ["length_penalty", "early_stopping"],
@@ -262,7 +278,7 @@ def test_other_values_compile_nothing(names):
     first, other = ({name: VALUES[name][i] for name in names} for i in (0, 1))
     fixed = {"max_new_tokens": None if "max_length" in names else 20}
     if names[0] in SAMPLED:
-        fixed |= {"do_sample": True, "key": jax.random.key(0)}
+        fixed |= {"do_sample": True}
     if "length_penalty" in names:
         fixed |= {"num_beams": 2}
     call = lambda options: generate(*ours(), ids[1:3], mask[1:3], **fixed | options)
@@ -277,6 +293,8 @@ def test_other_values_compile_nothing(names):
 
 def test_every_option_is_walked():
     assert {name for names in TOGETHER for name in names} == set(VALUES)
+    kinds = [set(VALUES) - ARGUMENTS, ELSEWHERE, STRUCTURE, ON_THE_HOST]
+    assert set().union(*kinds) == set(FIELDS) and sum(map(len, kinds)) == len(FIELDS)
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,13 @@ def test_every_strategy_over_every_cache(pair, name):
             assert found == []
         else:
             np.testing.assert_array_equal(generate(*pair, *prompts(), **options, **cache).sequences, want, err_msg=str(cache))
+
+
+def test_other_values_compile_nothing(pair):
+    """Of what only encoder-decoders and assistants have."""
+    options = {"max_new_tokens": NEW, "eos_token_id": NEVER, "assistant_model": (pair[0], noisy(pair[1])), "num_assistant_tokens": 4}
+    call = functools.partial(generate, *pair, *prompts(), **options)
+    call(decoder_start_token_id=3, assistant_ensemble_weight=0.3)
+    with compilations() as found:
+        call(decoder_start_token_id=[4, 5], assistant_ensemble_weight=0.7, num_assistant_tokens=6, decoder_input_ids=np.full((2, 3), 8))
+    assert found == []

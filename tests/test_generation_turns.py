@@ -1,10 +1,13 @@
 """Conversations: a second and third call with the returned cache, held against torch from scratch on every row's whole history."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from generation_fixtures import LENGTHS, VOCAB, T, ours, prompts, torch_greedy, torch_row
+from test_generation_assisted import family
 
 from jaxmodels.cache import Cache, SlidingKVSpec, init_cache
 from jaxmodels.cache_quantized import QuantizedCache
@@ -74,6 +77,39 @@ def test_a_turn_after_beams(options):
     want = generate(model, params, whole, kept, max_new_tokens=6, eos_token_id=NEVER)
     np.testing.assert_array_equal(again.sequences[:, -6:], want.sequences[:, -6:])
     assert len(set(out.lengths.tolist())) > 1
+
+
+ROUNDED = {"cache_implementation": "quantized", "cache_config": {"nbits": 8, "q_group_size": 4, "residual_length": 64}}
+SINKS = {"cache_implementation": "sink", "cache_config": {"window_length": 64}}
+OFFLOADED = {"cache_implementation": "offloaded"}
+AFTER_BEAMS = [("jamba", True, {}), ("gemma2", True, ROUNDED), ("gemma2", False, SINKS), ("recurrent_gemma", True, {})]
+AFTER_BEAMS += [("t5", False, {}), ("t5", False, ROUNDED), ("t5", True, OFFLOADED)]
+SLOW_BEAMS = [pytest.param(*case, marks=pytest.mark.slow) for case in AFTER_BEAMS]
+
+
+@pytest.mark.parametrize(("name", "scan_layers", "options"), [("mistral", True, {}), ("mamba", False, {}), *SLOW_BEAMS])
+def test_layers_that_cannot_take_back_what_beams_read(name, scan_layers, options):
+    """Windows, recurrent states and rounded slots are again what they were after the prompt."""
+    model, params = family(name, scan_layers)
+    mask = (np.arange(30) >= 30 - np.array([[30], [7]])).astype(int)
+    ids = np.random.default_rng(0).integers(3, 60, mask.shape) * mask
+    call = functools.partial(generate, model, params, max_new_tokens=9)
+    ends = call(ids, mask, eos_token_id=99).sequences[:, -6].tolist()
+    out = call(ids, mask, num_beams=3, num_return_sequences=2, eos_token_id=ends, **options)
+    new, real = user_turn(8, (3, 1, 6, 2))
+    new = new % 57 + 3
+    whole = np.concatenate([out.sequences, new], 1)
+    alive = np.arange(out.sequences.shape[1])[::-1] >= (out.lengths.max() - out.lengths)[:, None]
+    twice = [np.repeat(x, 2, 0) for x in (ids, mask)]
+    if name == "t5":
+        again = call(decoder_input_ids=new, decoder_attention_mask=real, cache=out.cache, eos_token_id=99)
+        alive = np.concatenate([alive, real], 1)
+        want = call(*twice, decoder_input_ids=whole, decoder_attention_mask=alive, eos_token_id=99)
+    else:
+        again = call(new, real, cache=out.cache, eos_token_id=99)
+        alive = np.concatenate([twice[1], alive[:, 30:], real], 1)
+        want = call(whole, alive, eos_token_id=99)
+    np.testing.assert_array_equal(again.sequences[:, -9:], want.sequences[:, -9:])
 
 
 def test_a_cache_can_be_continued_twice():
