@@ -247,8 +247,9 @@ VALUES = {  # an option, and other values of the same structure
 }  # fmt: skip
 ARGUMENTS = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "mask_fn", "key", "negative_prompt_ids"}
 ELSEWHERE = {  # options whose values vary while compilations are counted, in the tests of the strategies that have them
-    "diversity_penalty", "penalty_alpha", "force_words_ids", "constraints", "stop_strings", "num_assistant_tokens",
-    "decoder_start_token_id", "assistant_confidence_threshold", "assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "diversity_penalty", "penalty_alpha", "force_words_ids", "constraints", "stop_strings", "decoder_start_token_id",
+    "num_assistant_tokens", "assistant_confidence_threshold", "assistant_ensemble_weight", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
 }  # fmt: skip
 STRUCTURE = {  # what runs, and with which shapes
     "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "dola_layers", "assistant_early_exit", "prefill_chunk_size",
