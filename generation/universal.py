@@ -100,7 +100,8 @@ class Reencoder:
         said = [prompt + new[b, real[b]].tolist() for b, prompt in enumerate(self.prompts)]
         live = np.array([real[b].sum() < limit for b in range(len(said))]) & ~np.asarray(state.finished)
         ids = [self._assistant_ids(b, row) if live[b] else self.rows[b] or [0] for b, row in enumerate(said)]
-        bare = dataclasses.replace(state, cache=None, scores=None, logits=None, extra=None) if self.shares else None
+        none: dict[str, Any] = dict.fromkeys(("cache", "scores", "logits", "extra"))
+        bare = dataclasses.replace(state, **none) if self.shares else None
         given, drafted = self._draft(bare, ids, live, result.assistance.num_assistant_tokens, limit)
         K = self.drafter.columns - 1
         tokens, counts = np.zeros((len(said), K), np.int32), np.zeros(len(said), np.int32)
@@ -150,7 +151,7 @@ class Reencoder:
 
 @partial(jax.jit, static_argnames="slots")
 def _draft(
-    drafter: DraftModel, assisted: Assisted, state: State | None, memory: Memory | None, same: jax.Array, ids: jax.Array, real: jax.Array,
+    drafter: DraftModel, assisted: Assisted, state: Any, memory: Memory | None, same: jax.Array, ids: jax.Array, real: jax.Array,
     live: jax.Array, num: jax.Array, *, slots: int,
 ) -> Drafts:  # fmt: skip
     """Drafts after `ids` [B,P] that follow the first same [B] tokens of what `memory` holds. `state`: what SharedWords follow."""
@@ -160,7 +161,7 @@ def _draft(
     if isinstance(drafter, SharedWords):
         drafter = dataclasses.replace(drafter, newest=ids[:, -1])
     else:
-        state = State(Ragged.begin(Sequences.of(ids, real)), None, ~live, None, None)
+        state = State(Ragged.begin(Sequences.of(ids, real)), extra.memory.cache, ~live, None, None)
     return drafter.propose(assisted, dataclasses.replace(state, extra=extra), live)[0]
 
 
