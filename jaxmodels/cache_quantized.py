@@ -192,6 +192,9 @@ class QuantizedKV(struct.PyTreeNode):
         axis = self.columns.ndim - 1
         return self.replace(**jax.tree.map(lambda x: jnp.take(x, rows, axis), {"k": self.k, "v": self.v}))
 
+    def gather(self, order: jax.Array) -> QuantizedKV:
+        raise ValueError("slots in few bits are rounded in groups and stay where they are: a quantized cache cannot be made compact")
+
 
 def quantize(x: jax.Array, real: jax.Array, nbits: int, group: int, by_channel: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B,n,K,H] -> codes uint8 [B,n,K,P], and the groups' smallest numbers and scales in x.dtype: [B,n/group,K,H], or [B,n,K,H/group].

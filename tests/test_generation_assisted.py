@@ -255,13 +255,16 @@ def lookup(tokens, real, num, ngram):
     return PromptLookup(num, ngram, columns=8).propose(limit, state, ~state.finished)[0]
 
 
-@pytest.mark.parametrize("way", [pytest.param("lookup", marks=pytest.mark.slow), "draft"])
-def test_rows_that_differ_fill_the_cache(way, monkeypatch):
+SLOW_WAYS = [pytest.param("lookup", None, marks=pytest.mark.slow), pytest.param("exit", "offloaded", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("way", "made"), [("draft", None), *SLOW_WAYS])
+def test_rows_that_differ_fill_the_cache(way, made, monkeypatch):
     """With room for one round only, rejected slots are given back again and again."""
     monkeypatch.setattr("jaxmodels.generation.loop.ROUNDS", 1)
     rows = np.random.default_rng(4).integers(3, VOCAB, (7, 9))
     want = generate(*ours(), rows, max_new_tokens=70, eos_token_id=NEVER)
-    out = generate(*ours(), rows, max_new_tokens=70, eos_token_id=NEVER, **forms()[way])
+    out = generate(*ours(), rows, max_new_tokens=70, eos_token_id=NEVER, cache_implementation=made, **forms()[way])
     np.testing.assert_array_equal(out.sequences, want.sequences)
     assert out.cache.slots < 16 + out.assistance.rounds + out.assistance.accepted.sum()
 

@@ -167,6 +167,12 @@ def test_what_cannot_be_cropped():
     assert short.layers[0].positions.tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1]] and int(short.index) == 10
 
 
+def test_what_cannot_be_made_compact():
+    for model, made in ((ours()[0], QuantizedCache(8, q_group_size=4)), (family("t5", False)[0], QuantizedCache(8, q_group_size=4))):
+        with pytest.raises(ValueError, match="cannot be made compact"):
+            init_cache(model, 1, 16, implementation=made).compact()
+
+
 def test_turn_under_jit():
     """The index is traced: every slot counts as used, the numbers are the same."""
     ids, mask = prompts()
