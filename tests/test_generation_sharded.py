@@ -37,11 +37,11 @@ KINDS = {
     "sink": {"cache_implementation": "sink", "cache_config": {"window_length": 400}},
     "quantized": {"cache_implementation": "quantized", "cache_config": {"nbits": 8, "q_group_size": 12, "residual_length": 384}},
 }
-CHEAP = {("tensor", "draft", "offloaded"), ("fsdp", "lookup", "sink"), ("fsdp+tensor", "chunks", "quantized")}
-SLOW = {("tensor", "exit", "sink"), ("fsdp", "draft", "sink"), ("fsdp+tensor", "lookup", "offloaded"), ("tensor", "plain", "quantized")}
+CHEAP = [("tensor", "draft", "offloaded"), ("fsdp+tensor", "chunks", "quantized")]
+SLOW = [("fsdp", "lookup", "sink"), ("tensor", "exit", "sink"), ("fsdp+tensor", "lookup", "offloaded"), ("tensor", "plain", "quantized")]
 
 
-@pytest.mark.parametrize("case", [*sorted(CHEAP), *(pytest.param(case, marks=pytest.mark.slow) for case in sorted(SLOW))], ids="-".join)
+@pytest.mark.parametrize("case", [*CHEAP, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids="-".join)
 def test_tokens_are_those_of_one_device(case):
     preset, way, kind = case
     model, params, noise = spread(preset)
