@@ -118,6 +118,7 @@ def test_functions_and_marks(pair, beams):
 def test_strategies_that_transformers_dropped(pair, name):
     about = json.loads((HERE / "generation.json").read_text())
     assert about["t5"] == T5 and about["t5_cases"] == json.loads(json.dumps(T5_CASES))
+    assert about["t5_weights"] == sorted(name for name, _ in torch_model().named_parameters())
     with np.load(HERE / "generation.npz") as file:
         want = file[f"{name}/tokens"]
     out = generate(*pair, *fixture_prompts(), pad_token_id=0, **T5_CASES[name])
