@@ -68,6 +68,7 @@ def test_samples_follow_the_models_distribution(tokenizers):
     assert stats.chisquare(rest(counts), rest(p * B)).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_differ_and_end(tokenizers):
     """Ragged prompts, processors that leave a round no common word, ends; every draw what is allowed."""
     model, params = tiny(6, 1)
