@@ -71,7 +71,7 @@ class OffloadedKV(struct.PyTreeNode):
         return OffloadedKV(to_host_memory(to_device_memory(self.kv).take(rows)))
 
     def gather(self, order: jax.Array) -> OffloadedKV:
-        return OffloadedKV(to_host(to_device(self.kv).gather(order)))
+        return OffloadedKV(to_host_memory(to_device_memory(self.kv).gather(order)))
 
 
 def to_host_memory(tree: Any) -> Any:
