@@ -121,7 +121,7 @@ def test_options_vary_and_nothing_compiles(way):
     @given(
         options=st.fixed_dictionaries(
             {
-                "repetition_penalty": st.floats(0.8, 1.5).filter(lambda x: x != 1), "no_repeat_ngram_size": st.integers(1, 5), "min_new_tokens": st.integers(1, 9),
+                "repetition_penalty": st.floats(1.01, 1.5), "no_repeat_ngram_size": st.integers(1, 5), "min_new_tokens": st.integers(1, 9),
                 "exponential_decay_length_penalty": st.tuples(st.integers(0, 9), st.floats(0.9, 1.4)),
                 "max_new_tokens": st.integers(17, 32), "begin_suppress_tokens": st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=4),
             }
