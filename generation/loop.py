@@ -224,6 +224,7 @@ def generate(
     unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     chunk = config.prefill_chunk_size
+    chunk = None if chunk is None or chunk >= P else chunk
     P = P if chunk is None else -(-P // chunk) * chunk
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
     room = limit - (not contrastive(config)) + (0 if drafter is None else ROUNDS * drafter.columns)

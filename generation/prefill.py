@@ -17,12 +17,11 @@ def in_chunks(first: Any, later: Any, size: int | None) -> Any:
     by `later`. What was seen is what the last one saw. Chunks of nothing but padding before the prompt are left out."""
 
     def read(ids: jax.Array, real: jax.Array, cache: Cache) -> tuple[Any, Cache]:
-        P = ids.shape[1]
-        if size is None or size >= P:
+        if size is None:
             return first(ids, real, cache)
         cut = lambda x, i: lax.dynamic_slice_in_dim(x, i * size, size, 1)
         start = real.any(0).argmax() // size
         begun = first(cut(ids, start), cut(real, start), cache)
-        return lax.fori_loop(start + 1, P // size, lambda i, carry: later(cut(ids, i), cut(real, i), carry[1]), begun)
+        return lax.fori_loop(start + 1, ids.shape[1] // size, lambda i, carry: later(cut(ids, i), cut(real, i), carry[1]), begun)
 
     return read

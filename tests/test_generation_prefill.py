@@ -116,6 +116,7 @@ def test_lengths_of_prompts_compile_nothing():
     with compilations() as found:
         generate(*ours(), ids[:, 20:], mask[:, 20:], **options)
     assert found == []
+    assert generate(*ours(), ids, mask, **options | {"prefill_chunk_size": 5000}).cache.slots < 512  # more than there is to read
 
 
 @pytest.mark.parametrize(
