@@ -207,6 +207,7 @@ ALL = {"prompt_lookup_num_tokens": 3}
     ids=str,
 )  # fmt: skip
 def test_bad_options(options, words):
+    ours()  # made now, if no test before has
     with compilations() as found, pytest.raises(ValueError, match=words):
         generate(*ours(), np.full((1, 9), 5), **{"max_new_tokens": 4, **options})
     assert found == []
