@@ -82,8 +82,8 @@ def reorder(theirs: Any, model: Any, params: Any, rounds: int) -> None:
 
 
 def options(_: Any, model: Any, params: Any, rounds: int) -> None:
-    """What sampling adds to greedy decoding, also with Llama 3's 128256 tokens, and a JSON schema over a vocabulary learnt from the standard
-    library's source."""
+    """What sampling adds to greedy decoding, also with Llama 3's 128256 tokens, and what a JSON schema does; a vocabulary learnt from the
+    standard library's source."""
     sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
     tokenizer = train_bpe(sources, SMOLLM2_135M["vocab_size"])
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "year": {"type": "integer"}}, "required": ["name", "year"]}
@@ -95,20 +95,20 @@ def options(_: Any, model: Any, params: Any, rounds: int) -> None:
     }
     wide = dataclasses.replace(model.config, vocab_size=128256)
     rows = jax.random.normal(jax.random.key(0), (wide.vocab_size, wide.hidden_size)) * wide.initializer_range
-    larger = (model.clone(config=wide), {**params, "model": {**params["model"], "embed_tokens": {"weight": rows}}})
+    larger = {**params, "model": {**params["model"], "embed_tokens": {"weight": rows}}}
     sampled = {name: more for name, more in jobs.items() if "grammar" not in more}
-    for vocabulary, (model, params), jobs in (("", (model, params), jobs), (", 128256 tokens", larger, sampled)):
+    for said, which, weights, some in (("", model, params, jobs), (", 128256 tokens", model.clone(config=wide), larger, sampled)):
         for batch in (1, 8):
             prompt = ids(batch, 32)
 
-            def run(prompt: np.ndarray = prompt, model: Any = model, params: Any = params, **more: Any) -> None:
-                out = jm.generate(model, params, prompt, np.ones_like(prompt), max_new_tokens=NEW, pad_token_id=1, eos_token_id=-1, **more)
+            def run(prompt: np.ndarray = prompt, which: Any = which, weights: Any = weights, **more: Any) -> None:
+                out = jm.generate(which, weights, prompt, np.ones_like(prompt), max_new_tokens=NEW, pad_token_id=1, eos_token_id=-1, **more)
                 assert out.lengths.tolist() == [NEW] * len(prompt)
 
-            times = paired({name: partial(run, **more) for name, more in jobs.items()}, rounds)
+            times = paired({name: partial(run, **more) for name, more in some.items()}, rounds)
             for name, seconds in times.items():
                 more = f"{100 * (seconds / times['greedy'] - 1):+.1f} %"
-                print(f"| {name}{vocabulary}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
+                print(f"| {name}{said}, batch {batch} | | {batch * NEW / seconds:.1f} | tokens/s | {more} |", flush=True)
 
 
 def assisted(theirs: Any, model: Any, params: Any, rounds: int) -> None:
