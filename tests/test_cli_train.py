@@ -100,6 +100,8 @@ def test_pretraining_goes_on_where_it_stopped(files, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 8/8" in out and "tokens/s" in out and out.endswith("hf: written\n")
     assert main(["train", str(whole), "--training.output_dir", str(tmp_path / "two"), "--max_steps", "5"]) == 0
+    assert main(["train", str(whole), f"training.output_dir={tmp_path / 'two'}", f"data.train.0.path={files}/packed/more.txt"]) == 1
+    assert "was taken in another stream: data: saved 'texts.jsonl, " in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert main(["train", str(whole), f"training.output_dir={tmp_path / 'two'}"]) == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.5

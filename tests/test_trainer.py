@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequen
 from jaxmodels.params import flatten, init_params
 from jaxmodels.sharding import Rules, make_mesh
 from jaxmodels.training import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback, TrainingArguments
+from jaxmodels.training.callbacks import TrainerState, readable
 from jaxmodels.training.checkpoints import checkpoints_in
 from jaxmodels.training.lora import LoraConfig, load_adapter
+from jaxmodels.training.meter import Meter, host_memory, trim_host_memory
 from jaxmodels.training.objectives import dpo_loss, make_reference
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -79,6 +82,39 @@ def whole(tmp_path_factory):
     """Eight steps, with a checkpoint after every second."""
     out = tmp_path_factory.mktemp("whole")
     return train(out, save_strategy="steps", save_steps=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_given_back():
+    """Every other one of many small arrays is freed: no more than a trim tells the system."""
+    arrays = [np.ones(12_500) for _ in range(1000)]  # 0.1 MB each
+    del arrays[::2]
+    before = host_memory()
+    trim_host_memory()
+    assert host_memory() < before - 30e6
+
+
+def test_what_a_meter_reads():
+    """Tokens and FLOPs of the time that was not paused, their share of the peak, and what is left at that speed, in one line."""
+    meter = Meter(MODEL, lambda parts: None)
+    meter.peak, began = 1e10, time.perf_counter()
+    meter.start()
+    for _ in range(3):
+        meter.add(1000, 2e7)
+    time.sleep(0.1)
+    meter.pause(0.04)
+    found = meter.read(6)
+    seconds = 3000 / found["tokens_per_second"]
+    assert 0.06 <= seconds <= time.perf_counter() - began - 0.04
+    assert found["model_flops_per_second"] == pytest.approx(6e7 / seconds) and found["mfu"] == pytest.approx(6e7 / seconds / 1e10)
+    assert found["seconds_left"] == pytest.approx(2 * (seconds + 0.04), rel=1e-2)
+    assert "tokens_per_second" not in meter.read(6)  # nothing since
+    shown = found | {"tokens_per_second": 12345.6, "model_flops_per_second": 3.21e12, "mfu": 0.4123, "host_memory": 2e9}
+    logs = {"loss": 2.34521, "learning_rate": 3e-5, "grad_norm": 1.2345, "epoch": 0.48, "device_memory": 12.1e9, "seconds_left": 754.0}
+    assert readable(shown | logs, TrainerState(global_step=120, max_steps=1000)) == (
+        "step 120/1000  epoch 0.48  loss 2.3452  lr 3e-05  grad 1.23  12,346 tokens/s  3.21 TFLOP/s  MFU 41.2 %  "
+        "device 12.1 GB  host 2.0 GB  0:12:34 left"
+    )
 
 
 def test_one_program_and_every_row_once(whole, tmp_path):
@@ -143,7 +179,7 @@ def test_a_checkpoint_of_something_else_is_refused(whole, tmp_path):
         train(tmp_path, optimizers=(optax.sgd(1e-3), None), resume=path)
     with pytest.raises(ValueError, match=r"seed: saved 42, now 1"):
         train(tmp_path, seed=1, resume=path)
-    with pytest.raises(ValueError, match=r"examples: saved 22, now 8"):
+    with pytest.raises(ValueError, match="data: saved '22 examples', now '8 examples'"):
         train(tmp_path, examples=data(8), resume=path)
     with pytest.raises(CheckpointError, match="no checkpoint of a Trainer"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-7"))
@@ -337,6 +373,7 @@ def test_fp16_and_schedule_free(tmp_path):
     free = train(tmp_path / "free", optim="schedule_free_adamw", lr_scheduler_type="constant", eval_dataset=data(6))
     assert all(record["learning_rate"] == 1e-2 for record in free.state.log_history if "learning_rate" in record)
     assert free.evaluate()["eval_loss"] < losses(free)[0]
+    assert free.state.total_flos == made.state.total_flos > 0  # what the first computes again does not count
 
 
 def test_torch_loads_what_a_mesh_trained(tmp_path):

@@ -360,6 +360,34 @@ def test_goes_on_exactly_where_it_stopped(directory, kind):
                 assert found.keys() == batch.keys() and all(np.array_equal(found[name], batch[name]) for name in batch)
 
 
+def test_a_state_of_other_data_is_refused(tmp_path, tokenizer):
+    """Files of another name or size, fewer of them, other rows: both sides are shown."""
+    for name, count in (("a.jsonl", 9), ("b.jsonl", 8), ("more/a.jsonl", 10)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [{"text": text} for text in CORPUS[:2] * count])
+    make = partial(text_example, tokenizer=tokenizer)
+    documents = lambda *names: [Examples(read_rows([tmp_path / name]), make) for name in names]
+    packed = lambda *names, length=16, seed=0: iter(packed_batches(mixture(documents(*names)), 2, length, seed=seed))
+    taken = packed("a.jsonl", "b.jsonl")
+    next(taken)
+    state = json.loads(json.dumps(taken.get_state()))
+    packed("a.jsonl", "b.jsonl").set_state(state)
+    sizes = {name: (tmp_path / name).stat().st_size for name in ("a.jsonl", "b.jsonl", "more/a.jsonl")}
+    message = f"data: saved 'a.jsonl, {sizes['a.jsonl']} bytes', now 'a.jsonl, {sizes['more/a.jsonl']} bytes'$"
+    with pytest.raises(ValueError, match=message):
+        packed("more/a.jsonl", "b.jsonl").set_state(state)
+    with pytest.raises(ValueError, match=f"saved 'b.jsonl, {sizes['b.jsonl']} bytes', now None$"):
+        packed("a.jsonl").set_state(state)
+    with pytest.raises(ValueError, match="another stream: length: saved 16, now 32; seed: saved 0, now 1"):
+        packed("a.jsonl", "b.jsonl", length=32, seed=1).set_state(state)
+    plain = lambda n: iter(batches(mixture([numbers(n)]), 2, collators.default_data_collator))
+    with pytest.raises(ValueError, match="saved '7 examples', now '8 examples'"):
+        plain(8).set_state(plain(7).get_state())
+    rows = lambda name: Dataset(documents(name)[0], 2, collator=None, labels=[])
+    with pytest.raises(ValueError, match=r"stopped in: data: saved 'a.jsonl, .* now 'b.jsonl, "):
+        rows("b.jsonl").set_position(rows("a.jsonl").position())
+
+
 def test_masks_differ_from_batch_to_batch(directory):
     tokenizer = AutoTokenizer.from_pretrained(directory, mask_token="<|mask|>")
     collator = collators.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)

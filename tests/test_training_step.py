@@ -1,6 +1,7 @@
 """The train step against torch's AdamW, step by step; sharded against one device; the state's ownership and placement."""
 
 import itertools
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.models.mixtral import MixtralConfig, MixtralForCausalLM
 from jaxmodels.params import flatten, init_params, unflatten
 from jaxmodels.sharding.rules import Rules, make_mesh
 from jaxmodels.training import create_train_state, make_eval_step, make_optimizer, make_train_step
@@ -126,6 +128,36 @@ def test_sharded_equals_one_device(scanned, preset):
         assert step._cache_size() == 1
         losses.append(seen)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+LAID = {
+    "replicated": {"data": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "sequence": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "expert": {"expert": 4, "tensor": 2},
+}
+
+
+@cache
+def losses_of(preset, moe):
+    """Two steps of two parts, under a preset or on one device."""
+    make, config = (MixtralForCausalLM, MixtralConfig) if moe else (LlamaForCausalLM, LlamaConfig)
+    rules = None if preset is None else Rules.preset(preset, make_mesh(**LAID[preset]))
+    model, optimizer = make(config(**{**SHAPE, "vocab_size": 96, "num_hidden_layers": 2}), scan_layers=True, rules=rules), optax.adam(LR)
+    state = create_train_state(model, optimizer, init_params(model, jax.random.key(1)))
+    if rules is not None:
+        assert preset == "replicated" or any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    step, seen = make_train_step(model, optimizer, accumulation_steps=2), []
+    for batch in itertools.islice(batches(), 2):
+        batch = {k: jnp.asarray(np.tile(np.where(v < 0, v, v % 96)[:, :36], (4, 1)), jnp.int32) for k, v in batch.items()}
+        state, metrics = step(state, batch)
+        seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return seen
+
+
+@pytest.mark.parametrize("preset", LAID)
+def test_the_other_presets_too(preset):
+    np.testing.assert_allclose(losses_of(preset, preset == "expert"), losses_of(None, preset == "expert"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "muon", "adamw lora"])

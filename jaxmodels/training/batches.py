@@ -17,6 +17,7 @@ from jaxmodels.ops.loss import IGNORE
 from jaxmodels.sharding.processes import global_batch, process_share
 from jaxmodels.sharding.rules import Rules
 from jaxmodels.training.collators import draws
+from jaxmodels.training.sources import differences, identity
 
 Arrays = dict[str, np.ndarray]
 Collator = Callable[..., Mapping[str, Any]]  # of a list of examples and, where it draws, `step`
@@ -182,14 +183,13 @@ class Dataset:
         self.row = 0
 
     def position(self) -> dict[str, Any]:
-        return {"row": self.row, "examples": len(self.dataset), "seed": self.seed, "order": self.strategy}
+        return {"row": self.row, "data": identity(self.dataset), "seed": self.seed, "order": self.strategy}
 
     def set_position(self, saved: Mapping[str, Any]) -> None:
         """ValueError when what was saved is of another dataset or order."""
-        before, now = dict(saved, row=0), self.position() | {"row": 0}
-        differing = [f"{name}: saved {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]
+        differing = differences(dict(saved, row=0), self.position() | {"row": 0})
         if differing:
-            raise ValueError(f"the train dataset is not the one that the checkpoint stopped in: {'; '.join(differing)}")
+            raise ValueError(f"the train dataset is not the one that the checkpoint stopped in: {differing}")
         self.row = int(saved["row"])
 
 

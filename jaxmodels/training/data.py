@@ -1,5 +1,5 @@
 """From rows of files to examples and batches, on grain: every iterator has grain's `get_state()` and `set_state()`, and goes on exactly
-where a state was taken. States are dicts of numbers, for json.
+where a state was taken. States are dicts for json, and know the names and sizes of their files.
 
     rows = read_rows("corpus/*.jsonl")
     documents = mixture([Examples(rows, partial(text_example, tokenizer=tokenizer))], seed=0)
@@ -25,7 +25,7 @@ from jaxmodels.ops.loss import IGNORE
 from jaxmodels.processing.tokenizer import NO_LIMIT
 from jaxmodels.training.collators import draws
 from jaxmodels.training.packing import pack_documents
-from jaxmodels.training.sources import Row, Rows
+from jaxmodels.training.sources import Row, Rows, differences, identity
 
 try:
     import grain
@@ -213,7 +213,7 @@ def batches(
     ahead, in as many threads."""
     make = (lambda i, rows: collator(rows, step=i)) if draws(collator) else (lambda i, rows: collator(rows))
     rows = dataset.batch(batch_size, drop_remainder=drop_remainder, batch_fn=list)
-    return rows.map_with_index(make).to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch))
+    return Known(rows.map_with_index(make).to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)))
 
 
 def packed_batches(
@@ -223,7 +223,45 @@ def packed_batches(
 
     Documents longer than a row are cut into rows; `window` documents at a time are packed by `pack_documents`, and their rows
     shuffled. What does not fill a batch at the end is dropped."""
-    return Packed(dataset.to_iter_dataset(), length, window, seed, pad_token_id).batch(batch_size, drop_remainder=True)
+    rows = Packed(dataset.to_iter_dataset(), length, window, seed, pad_token_id)
+    return Known(rows.batch(batch_size, drop_remainder=True), length=length, window=window, seed=seed)
+
+
+class Known(grain.IterDataset):
+    """A stream whose states say what they were taken in, the files of its sources and what else `about` has; ValueError where one is set
+    in another."""
+
+    def __init__(self, parent: grain.IterDataset, **about: Any):
+        super().__init__(parent)
+        self.about = {"data": [line for source in _sources(parent) for line in identity(source)], **about}
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _KnownIterator(iter(self._parent), self.about)
+
+
+def _sources(dataset: Any) -> Iterator[Any]:
+    if hasattr(dataset, "_source"):
+        yield dataset._source
+    for parent in dataset.parents:
+        yield from _sources(parent)
+
+
+class _KnownIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, about: dict[str, Any]):
+        super().__init__(parent)
+        self.about = about
+
+    def __next__(self) -> Example:
+        return next(self._parent)  # type: ignore[no-any-return]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._parent.get_state(), "of": self.about}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        differing = differences(state["of"], self.about)
+        if differing:
+            raise ValueError(f"the stream's state was taken in another stream: {differing}")
+        self._parent.set_state(state["parent"])
 
 
 class Packed(grain.IterDataset):

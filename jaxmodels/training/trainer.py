@@ -28,6 +28,7 @@ from jaxmodels.training.callbacks import REPORTERS, CallbackHandler, DefaultFlow
 from jaxmodels.training.collators import default_data_collator
 from jaxmodels.training.evaluation import EvalLoopOutput, PredictionOutput, evaluation_loop, make_loss_step, make_predict_step
 from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, save_adapter
+from jaxmodels.training.meter import trim_host_memory
 from jaxmodels.training.optimizers import make_optimizer
 from jaxmodels.training.run import Run, TrainOutput
 from jaxmodels.training.schedules import Schedule, make_schedule
@@ -198,6 +199,7 @@ class Trainer:
         or gradient is not finite; CheckpointError for a checkpoint that does not fit, or that cannot be written."""
         self._run = run = Run(self, resume_from_checkpoint)
         self._params = None
+        trim_host_memory()
         try:
             output = run()
         except BaseException:
