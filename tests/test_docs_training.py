@@ -8,11 +8,23 @@ import numpy as np
 import transformers
 
 import jaxmodels as jm
+from jaxmodels.cli.settings import read_settings
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "training.md").read_text()
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.yaml")))
 CODE = re.search(r"## The Trainer.*?```python\n(.*?)```", PAGE, re.DOTALL)[1]
 SHAPE = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_every_command_is_understood():
+    """What the pages and the examples themselves write behind `jaxmodels train`."""
+    commands = {tuple(line.split()) for page in PAGES for line in re.findall(r"jaxmodels train (examples/[^`\n]+)", page.read_text())}
+    found = {words: read_settings(ROOT / words[0], words[1:]) for words in commands}
+    assert {len(words) for words in found} >= {1, 3, 4}
+    changed = next(settings for words, settings in found.items() if "training.max_steps=50" in words)
+    assert changed.training.max_steps == 50 and changed.training.learning_rate == 1e-3
 
 
 def test_finetune(tmp_path, capsys):

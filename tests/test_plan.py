@@ -18,6 +18,7 @@ from jaxmodels.sharding import make_mesh
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
 from jaxmodels.sharding.plan import plan, preset_for, rank
+from jaxmodels.training import make_train_step
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, with which a CPU machine compiles for TPU"
@@ -148,6 +149,22 @@ def test_8b_trains_on_v5e():
         ("all-gather", 4),
     }
     assert found.program.kernels["tpu_custom_call"] == 4 * 32  # forward, recomputed, and two of the backward pass
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_8b_trains_in_parts(monkeypatch):
+    """Four parts of the batch one after the other, recomputed, their losses in chunks: four times the collectives of a part, which holds
+    a quarter of the activations."""
+    monkeypatch.setattr("jaxmodels.training.step.make_train_step", partial(make_train_step, accumulation_steps=4))
+    found = plan(LLAMA_8B, topology="v5e:16x16", mesh={"fsdp": 64, "tensor": 4}, job="train", batch=256, length=2048)
+    assert found.fits and found.temporaries < 3e9
+    large = kinds(found.program, 1 << 20)
+    assert 4 * 5 * 32 <= large.pop(("all-reduce", 4)) <= 4 * (5 * 32 + 6)
+    assert 4 * 7 * 32 * 2 <= large.pop(("all-gather", 64)) <= 4 * ((7 * 2 + 4) * 32 + 4)
+    assert large.pop(("reduce-scatter", 64)) == 4 * 5 * 32
+    assert sum(large.values()) <= 8 * 4  # a few of embeddings and logits
+    assert found.program.kernels["tpu_custom_call"] == 4 * 4 * 32
 
 
 @needs_libtpu

@@ -72,6 +72,14 @@ def test_shares_and_numbers_written_as_text():
         ({"report_to": ["wandb"]}, "report_to has wandb; known are jsonl, tensorboard"),
         ({"save_total_limit": 0}, "save_total_limit is 0"),
         ({"logging_steps": 0}, "logging_steps is 0"),
+        ({"learning_rate": -1}, "learning_rate is -1.0; expected at least 0 and below inf"),
+        ({"learning_rate": ".nan"}, "expected float"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; expected"),
+        ({"adam_beta2": 1}, "adam_beta2 is 1.0; expected at least 0 and below 1"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1.0; expected at least 0"),
+        ({"data_seed": -1}, "data_seed is -1; expected at least 0"),
+        ({"loss_chunk": 0}, "loss_chunk is 0; expected 'auto', None or a number"),
+        ({"loss_chunk": "128k"}, "loss_chunk is '128k'; expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values, message):

@@ -62,6 +62,13 @@ class DataSettings:
     window: int = 1024
     pad_to_multiple_of: int = 64
 
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("train is empty; expected a source, such as [{path: corpus/*.jsonl}]")
+        for name, least in (("length", 2), ("window", 1), ("pad_to_multiple_of", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+
 
 @dataclasses.dataclass
 class DpoSettings:
@@ -109,6 +116,8 @@ class Settings:
             raise ValueError("model.tokenizer is missing: a model from nothing has none of its own")
         if self.mesh is not None and not all(isinstance(size, int) for size in self.mesh.values()):
             raise ValueError(f"mesh is {self.mesh}; expected numbers of devices, such as {{fsdp: 4, tensor: 2}}")
+        if self.cpu_devices is not None and self.cpu_devices < 1:
+            raise ValueError(f"cpu_devices is {self.cpu_devices}; expected at least 1")
         if self.rules is not None and self.mesh is None:
             raise ValueError(f"rules {self.rules!r} need a mesh, such as mesh: {{fsdp: 4, tensor: 2}}")
         if self.job == "lora" and self.lora is None:

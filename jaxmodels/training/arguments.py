@@ -14,6 +14,10 @@ INTERVALS = ("no", "steps", "epoch")
 SAMPLING = ("random", "sequential", "group_by_length")
 REPORTS = ("jsonl", "tensorboard")
 
+BELOW = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_beta1": 1, "adam_beta2": 1, "adam_epsilon": math.inf}
+BELOW |= {"max_grad_norm": math.inf, "label_smoothing_factor": 1, "z_loss": math.inf, "neftune_noise_alpha": math.inf}
+BELOW |= {"num_train_epochs": math.inf, "seed": 2**32, "data_seed": 2**32}
+
 _MESH = "where arrays live is the model's `rules`: from_pretrained(path, mesh=make_mesh(fsdp=4, tensor=2))"
 _HUB = "save_model writes a directory, which huggingface_hub uploads"
 _COMPILED = "every step is compiled here"
@@ -248,6 +252,12 @@ class TrainingArguments:
             )
 
     def _validate(self) -> None:
+        for name, below in BELOW.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < below:
+                raise ValueError(f"{name} is {value}; expected at least 0 and below {below}")
+        if self.loss_chunk not in ("auto", None) and (not isinstance(self.loss_chunk, int) or self.loss_chunk < 1):
+            raise ValueError(f"loss_chunk is {self.loss_chunk!r}; expected 'auto', None or a number of tokens")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
