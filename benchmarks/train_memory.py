@@ -118,19 +118,23 @@ def show_time(rounds: int) -> None:
     for row, document in enumerate(documents):
         padded["input_ids"][row, : len(document)] = padded["labels"][row, : len(document)] = document
     plain = lambda rows: {"input_ids": ids(rows), "labels": ids(rows)}
-    jobs: dict[str, tuple[dict[str, np.ndarray], int]] = {
-        "4 rows, each one document": (plain(4), 1),
-        "8 documents packed in 4 rows": (pack_documents(documents, T), 1),
-        "the 8 documents, padded": (padded, 1),
-        "8 rows, each one document": (plain(8), 1),
-        "8 rows in 2 parts": (plain(8), 2),
-        "8 rows in 4 parts": (plain(8), 4),
-    }
     model, optimizer, held = build({})
-    steps = {parts: make_train_step(model, optimizer, accumulation_steps=parts) for parts in (1, 2, 4)}
+    whole, chunked, halves, quarters = (
+        make_train_step(model, optimizer, **options)
+        for options in ({}, {"loss_chunk": 64}, {"accumulation_steps": 2}, {"accumulation_steps": 4})
+    )
+    jobs = {
+        "4 rows, each one document": (whole, plain(4)),
+        "4 rows, loss_chunk=64": (chunked, plain(4)),
+        "8 documents packed in 4 rows": (whole, pack_documents(documents, T)),
+        "the 8 documents, padded": (whole, padded),
+        "8 rows, each one document": (whole, plain(8)),
+        "8 rows in 2 parts": (halves, plain(8)),
+        "8 rows in 4 parts": (quarters, plain(8)),
+    }
 
-    def run(batch: dict[str, np.ndarray], parts: int) -> None:
-        held[0], metrics = steps[parts](held[0], batch)
+    def run(step: Any, batch: dict[str, np.ndarray]) -> None:
+        held[0], metrics = step(held[0], batch)
         metrics["loss"].block_until_ready()
 
     for job in jobs.values():
@@ -138,7 +142,7 @@ def show_time(rounds: int) -> None:
     times = paired({name: lambda job=job: run(*job) for name, job in jobs.items()}, rounds)
     print("| step | s | over the first | rows over the first's |\n|---|---|---|---|")
     first = next(iter(jobs))
-    for name, (batch, _) in jobs.items():
+    for name, (_, batch) in jobs.items():
         print(f"| {name} | {times[name]:.2f} | {times[name] / times[first]:.2f} | {len(batch['labels']) / 4:.0f} |", flush=True)
 
 
