@@ -220,6 +220,7 @@ WRONG = {
     "data.length=2.5": "data.length is 2.5; expected int",
     "learning_rate=fast": "training.learning_rate is 'fast'; expected float",
     "model.scan_layers=1": "model.scan_layers is 1; expected bool",
+    "model.dtype=float99": "model: dtype is 'float99'; expected one of auto, float32, bfloat16, float16",
     "model.path=null": "model needs a path (of a checkpoint) or a config (for a model from nothing), one of them",
     "training.fsdp=full_shard": "training: TrainingArguments does not take fsdp='full_shard'",
     "training=3": "training is 3; expected fields, such as output_dir",

@@ -159,6 +159,20 @@ def test_logits_of_a_large_vocabulary_never_exist_together():
     assert frozen < chunked - V * SHAPE["hidden_size"] * 4  # the head's gradient is not made for nothing
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_layer_keeps_no_numbers_between(dtype):
+    """What the forward pass of scanned layers keeps for the gradient: of the MLP as much as torch does, of norms their inputs alone, and
+    nothing in float32 that a bfloat16 array tells."""
+    model, data = LlamaForCausalLM(CONFIG, scan_layers=True, dtype=dtype), batch()
+    gradient = jax.grad(lambda params: model.apply({"params": params}, **data).loss)
+    equations = jax.make_jaxpr(gradient)(perturbed(model)).jaxpr.eqns
+    forward = next(equation for equation in equations if equation.primitive.name == "scan")
+    kept = [v.aval for v in forward.outvars if v.aval.shape[:3] == (2, *data["labels"].shape)]  # [layers, B, T, …]
+    assert [v.dtype for v in kept if v.shape[3:] == (48,)] == [dtype] * 4  # gate, its activation, up, the product of both
+    assert [v.dtype for v in kept if v.shape[3:] == (32,)] == [dtype] * 8
+    assert not [v for v in kept if v.shape[3:] == (1,)]
+
+
 @pytest.mark.parametrize("interval", [2, 3])
 def test_loss_scale_moves_as_torch_scaler(interval, monkeypatch):
     monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", interval)

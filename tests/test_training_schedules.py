@@ -58,6 +58,8 @@ def test_refusals():
         make_schedule("linear", LR, num_training_steps=9, num_cycles=2)
     with pytest.raises(ValueError, match="exactly one of min_lr and min_lr_rate"):
         make_schedule("cosine_with_min_lr", LR, num_training_steps=9)
+    with pytest.raises(ValueError, match="'warmup_stable_decay' needs num_decay_steps in lr_scheduler_kwargs"):
+        make_schedule("warmup_stable_decay", LR, num_training_steps=9)
     with pytest.raises(ValueError, match="follows a metric"):
         make_schedule("reduce_lr_on_plateau", LR)
     with pytest.raises(ValueError, match="must be below the learning rate"):

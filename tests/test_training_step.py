@@ -155,6 +155,7 @@ def losses_of(preset, moe):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", LAID)
 def test_the_other_presets_too(preset):
     np.testing.assert_allclose(losses_of(preset, preset == "expert"), losses_of(None, preset == "expert"), rtol=1e-4)

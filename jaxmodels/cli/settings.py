@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError("the settings of a run need PyYAML, which is not installed: pip install 'jaxmodels[train]'") from error
 
 JOBS = ("pretrain", "sft", "dpo", "lora")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
@@ -37,6 +38,10 @@ class ModelSettings:
     dtype: str = "auto"
     scan_layers: bool = False
     attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass

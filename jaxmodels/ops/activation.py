@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -53,5 +54,10 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The function that a config's `hidden_act` names."""
     if name not in ACTIVATIONS:
         raise ValueError(f"hidden_act {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
-    function = ACTIVATIONS[name]
-    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)  # rounded once, as in torch's kernels
+    return _rounded_once(ACTIVATIONS[name])
+
+
+@cache
+def _rounded_once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """As in torch's kernels; a gradient keeps x alone, not the float32 numbers between."""
+    return jax.checkpoint(lambda x: function(x.astype(jnp.float32)).astype(x.dtype), prevent_cse=False)

@@ -1,12 +1,15 @@
-"""Normalisations, computed in float32 and rounded where torch rounds."""
+"""Normalisations, computed in float32 and rounded where torch rounds. A gradient keeps what they are given and computes them again."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] over its root mean square, rounded to x.dtype, times weight [D] (arXiv:1910.07467, in Llama's order of rounding)."""
     y = x.astype(jnp.float32)
@@ -14,6 +17,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return weight.astype(x.dtype) * y.astype(x.dtype)
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm_once(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """As rms_norm, rounded once, after the weight [D] (Gemma's and OLMo 2's order)."""
     y = x.astype(jnp.float32)
@@ -21,6 +25,7 @@ def rms_norm_once(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (weight.astype(jnp.float32) * y).astype(x.dtype)
 
 
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def layer_norm(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, eps: float) -> jax.Array:
     """x [..., D] less its mean, over its standard deviation, times weight [D], plus bias [D], rounded once (arXiv:1607.06450)."""
     y = x.astype(jnp.float32)

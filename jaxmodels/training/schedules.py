@@ -159,9 +159,12 @@ def make_schedule(
         raise ValueError(f"lr_scheduler_type {name!r} is not known; known are {', '.join(SCHEDULES)}")
     if num_training_steps is None and name not in UNTIMED:
         raise ValueError(f"lr_scheduler_type {name!r} needs num_training_steps")
-    known = [p.name for p in inspect.signature(SCHEDULES[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = {p.name: p for p in inspect.signature(SCHEDULES[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     unknown = sorted(set(lr_scheduler_kwargs) - set(known))
     if unknown:
         raise ValueError(f"lr_scheduler_type {name!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in lr_scheduler_kwargs]
+    if missing:
+        raise ValueError(f"lr_scheduler_type {name!r} needs {', '.join(missing)} in lr_scheduler_kwargs")
     factor = SCHEDULES[name](learning_rate, num_warmup_steps, num_training_steps, **lr_scheduler_kwargs)
     return lambda step: learning_rate * factor(jnp.asarray(step, jnp.float32))
