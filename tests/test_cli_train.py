@@ -267,8 +267,10 @@ def test_wrong_data_is_one_line(files, tmp_path, capsys):
     assert main(["train", str(tmp_path / "list.yaml")]) == 1 and "holds list; expected fields, such as data, job" in capsys.readouterr().err
 
 
-def test_the_tokenizer_must_fit(files, tmp_path, capsys):
+def test_what_a_model_from_nothing_is_made_of(files, tmp_path, capsys):
     model = FROM_NOTHING["config"] | {"vocab_size": 200}
     path = settings(files, tmp_path / "x", "texts.jsonl", model={"path": None, "config": model, "tokenizer": str(files / "model")})
     assert main(["train", str(path)]) == 1
     assert "the tokenizer has 300 tokens, the model's vocabulary 200" in capsys.readouterr().err
+    assert main(["train", str(path), "model.config.hidden_sise=8", "model.config.pretraining_tp=1"]) == 1
+    assert "model.config.hidden_sise is not a field of llama; the closest is hidden_size" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,9 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     if options.path is not None:
         return AutoModelForCausalLM.from_pretrained(options.path, dtype=options.dtype, **form)
     config = AutoConfig.for_model(**{"model_type": None, **(options.config or {})})
+    for name in config.extra:  # a config.json has fields that no model reads; one that is nearly another is a slip
+        if near := difflib.get_close_matches(name, config.field_names(), 1, 0.85):
+            raise ValueError(f"model.config.{name} is not a field of {config.model_type}; the closest is {near[0]}")
     dtype = "float32" if options.dtype == "auto" else options.dtype
     return AutoModelForCausalLM.from_config(config, key=jax.random.key(settings.training.seed), dtype=dtype, **form)
 
