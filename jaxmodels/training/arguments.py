@@ -14,6 +14,7 @@ INTERVALS = ("no", "steps", "epoch")
 SAMPLING = ("random", "sequential", "group_by_length")
 REPORTS = ("jsonl", "tensorboard")
 
+# what must be at least 0 -> and below this
 BELOW = {"learning_rate": math.inf, "weight_decay": math.inf, "adam_beta1": 1, "adam_beta2": 1, "adam_epsilon": math.inf}
 BELOW |= {"max_grad_norm": math.inf, "label_smoothing_factor": 1, "z_loss": math.inf, "neftune_noise_alpha": math.inf}
 BELOW |= {"num_train_epochs": math.inf, "seed": 2**32, "data_seed": 2**32}
