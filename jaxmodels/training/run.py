@@ -205,9 +205,10 @@ class Run:
         state.global_step += 1
         state.epoch = self.epoch + self.source.share(state.max_steps)
         padding = args.include_num_input_tokens_seen == "all"
-        state.num_input_tokens_seen += input_tokens(batch.arrays, padding=padding) * self.source.pieces
+        seen = batch.arrays if jax.process_count() > 1 else {name: array[: batch.real] for name, array in batch.arrays.items()}
+        state.num_input_tokens_seen += input_tokens(seen, padding=padding) * self.source.pieces
         state.total_flos += flops
-        self.meter.add(input_tokens(batch.arrays) * self.source.pieces, flops)
+        self.meter.add(input_tokens(seen) * self.source.pieces, flops)
         self.waiting.append((state.global_step, batch.name, metrics))
         self._collect(leave=1)
         if self.meter.begun is None:
