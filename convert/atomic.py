@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.convert.hub import local_directory
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
@@ -27,7 +28,7 @@ def replacing(directory: str | os.PathLike[str], *, drop: Callable[[str], bool] 
 
     Entries of the old directory that the new one lacks are carried over (hard links where possible), unless `drop(name)`. Whatever a killed
     process has left behind is removed by the next call for the same directory."""
-    target = Path(directory).resolve()
+    target = local_directory(directory).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file, expected a directory or nothing")
     if Path.cwd().is_relative_to(target):

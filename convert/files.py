@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmodels.convert.errors import CheckpointError
-from jaxmodels.convert.hub import is_url
+from jaxmodels.convert.hub import is_url, local_directory
 from jaxmodels.convert.remote import RangeTensor, RemotePath
 from jaxmodels.convert.tensors import Assembled, NumpyTensor, Tensor
 
@@ -308,8 +308,7 @@ def write_checkpoint(
 
     if not tensors:
         raise CheckpointError(f"{directory}: no tensors to write")
-    if is_url(directory):
-        raise CheckpointError(f"{directory}: a checkpoint is written to a local directory; copy it from there")
+    local_directory(directory)
     if variant and not consolidate:
         raise CheckpointError(f"{directory}: files of parts have no variant, found variant={variant!r}")
     keys_of, index = _split(directory, tensors, max_shard_size, variant, fqn_to_index_mapping)

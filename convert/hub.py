@@ -23,6 +23,13 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return isinstance(path, str) and _URL.fullmatch(path) is not None
 
 
+def local_directory(path: str | os.PathLike[str]) -> Path:
+    """A directory to write to. CheckpointError for a URL, which would become a directory named `s3:` here."""
+    if is_url(path):
+        raise CheckpointError(f"{path}: is written to a local directory; copy it to its URL from there")
+    return Path(path)
+
+
 def weights_at(path: str | os.PathLike[str], directory: Path, subfolder: str | None = None) -> str | Path:
     """Where `read_checkpoint` finds the weights of what `resolve` gave `directory` for: there, or still at the URL."""
     return _join(os.fspath(path), subfolder) if is_url(path) else directory

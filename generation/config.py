@@ -19,6 +19,7 @@ from flax.core import FrozenDict
 
 from jaxmodels.caches import NAMES as CACHES
 from jaxmodels.config import read_json
+from jaxmodels.convert.hub import local_directory
 from jaxmodels.generation.watermark import as_watermarking_config
 
 FILE_NAME = "generation_config.json"
@@ -239,7 +240,7 @@ class GenerationConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike, config_file_name: str = FILE_NAME) -> Path:
         """Write the options that are set, as HF writes them; returns the file's path."""
-        folder = Path(save_directory)
+        folder = local_directory(save_directory)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / config_file_name

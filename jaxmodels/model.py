@@ -182,15 +182,11 @@ class CausalLM(Head):
     def _training_loss(self, x: jax.Array, labels: jax.Array, options: LossOptions, num_items: jax.Array | None) -> jax.Array:
         unbound: Any = self.unbind()  # the chunks' loop needs a function of arrays
         module, variables = unbound
-
-        def head(x: jax.Array) -> jax.Array:
-            logits = module.apply(variables, x, method="head")
-            return logits if self.rules is None else self.rules.constrain(logits, ("batch", None, "act_vocab"))
-
-        labels = labels[:, 1:]
+        head = lambda x: module.apply(variables, x, method="head")
+        labels = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)  # as many as tokens, which a mesh may split
         if options.by_row:
-            return row_losses(head, x[:, :-1], labels, options)
-        total = summed_loss(head, x[:, :-1], labels, options)
+            return row_losses(head, x, labels, options, self.rules)
+        total = summed_loss(head, x, labels, options, self.rules)
         return total / (jnp.sum(labels != IGNORE) if num_items is None else num_items)
 
 

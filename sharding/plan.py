@@ -24,7 +24,7 @@ from jaxmodels.params import abstract_params, count_params
 from jaxmodels.sharding.chips import CHIPS, Chip, chip_of
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import Program, analyse
-from jaxmodels.sharding.rules import Rules, make_mesh
+from jaxmodels.sharding.rules import MESH_AXES, Rules, make_mesh
 
 JOBS = ("train", "prefill", "decode")
 LIBTPU = (
@@ -233,22 +233,48 @@ def flash_suffices(model: Any) -> bool:
 
 
 def sweep(
-    config: Any, *, topology: str, job: str, remats: Sequence[str | None] = ("full", "dots_with_no_batch_dims_saveable"), **options: Any
+    config: Any,
+    *,
+    topology: str,
+    job: str,
+    mesh: Mapping[str, int] = {},
+    remats: Sequence[str | None] = ("full", "dots_with_no_batch_dims_saveable"),
+    **options: Any,
 ) -> Iterator[Plan]:
-    """A plan for every mesh of powers of two over fsdp (decode: data) and tensor and, to train, every remat policy; `rank` orders them."""
-    chips = len(topology_devices(topology))
-    first = "data" if job == "decode" else "fsdp"
-    tensor = 1
-    while tensor <= min(chips, 16):
-        mesh = {first: chips // tensor, "tensor": tensor}
+    """A plan for every mesh of `sweep_meshes` that keeps the sizes in `mesh` and, to train, every remat policy; `rank` orders them. What a
+    mesh cannot do (a stack that its stages do not divide) is a Plan that says so."""
+    for sizes in sweep_meshes(len(topology_devices(topology)), job, mesh):
         for remat in remats if job == "train" else (None,):
-            yield plan(config, topology=topology, mesh=mesh, job=job, remat=remat, **options)
-        tensor *= 2
+            try:
+                yield plan(config, topology=topology, mesh=sizes, job=job, remat=remat, **options)
+            except ValueError as error:
+                chip = CHIPS[topology_devices(topology)[0].device_kind]
+                shape = {"job": job, "topology": topology, "mesh": sizes, "remat": remat, "chip": chip}
+                counts = dict.fromkeys(("parameters", "arguments", "temporaries", "outputs", "code", "flops", "useful_flops"), 0)
+                yield Plan(**shape, **counts, batch=options["batch"], length=options["length"], program=None, refused=str(error))
+
+
+def sweep_meshes(chips: int, job: str, fixed: Mapping[str, int]) -> list[dict[str, int]]:
+    """Meshes of the fixed sizes and, of the chips that are left, powers of two over `tensor`, to 16, and the rest over `fsdp`; over `data`
+    to decode and in pipelines. ValueError where the fixed sizes do not divide the chips."""
+    if unknown := sorted(set(fixed) - set(MESH_AXES)):
+        raise ValueError(f"mesh axes {unknown} are none of {', '.join(MESH_AXES)}")
+    known = math.prod(fixed.values())
+    rows = "data" if job == "decode" or fixed.get("stage", 1) > 1 else "fsdp"
+    free = [axis for axis in (rows, "tensor") if axis not in fixed]
+    if known < 1 or chips % known or not (free or known == chips):
+        raise ValueError(
+            f"a sweep over {chips} chips that keeps {dict(fixed)}: the sizes must divide them and leave {rows} or tensor to try"
+        )
+    left = chips // known
+    tensors = [n for n in (1, 2, 4, 8, 16) if left % n == 0] if len(free) == 2 else [left if free == ["tensor"] else 1]
+    tried = [{**fixed, **{axis: n if axis == "tensor" else left // n for axis in free}} for n in tensors]
+    return [{axis: sizes[axis] for axis in sorted(sizes, key=MESH_AXES.index)} for sizes in tried]
 
 
 def rank(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that fit, the fastest first, then the others by what they need."""
-    return sorted(plans, key=lambda p: (not p.fits, p.seconds if p.fits else p.needed))
+    """Those that fit, the fastest first, then the others by what they need, and those that cannot be."""
+    return sorted(plans, key=lambda p: (not p.fits, bool(p.refused), p.seconds if p.fits else p.needed))
 
 
 def _short(message: str) -> str:

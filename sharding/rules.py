@@ -7,6 +7,7 @@ preset `stage` cuts scanned layers into the stages of a pipeline, which training
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,7 +78,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """A mesh and a table from logical axes to mesh axes; of the usual mesh axes, those that the mesh lacks do not count. Hashable, so
-    static under jit. ValueError for a mesh axis that is neither usual nor the mesh's.
+    static under jit. ValueError for a mesh axis that is neither usual nor the mesh's, and for a mesh over some of several processes: it has
+    devices of all of them, which then make the same calls, or of this one alone.
 
     optimizer, gradients: tables for the optimizer's state and for gradients, where these do not live as their parameters: whole parameters
     beside split moments (ZeRO-1) and split gradients (ZeRO-2, arXiv:1910.02054); ZeRO-3 is `fsdp`.
@@ -93,6 +95,8 @@ class Rules:
     around: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.mesh, Mesh):
+            _check_processes(self.mesh)
         tables = (self.table, self.optimizer or (), self.gradients or ())
         unknown = {m for table in tables for _, wanted in table for m in wanted} - {*MESH_AXES, *self.mesh.shape}
         if unknown:
@@ -109,6 +113,12 @@ class Rules:
     def preset(cls, name: str, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None) -> Rules:
         if name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
+        unknown = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in MESH_AXES]
+        if unknown:
+            raise ValueError(
+                f"no preset knows the mesh axes {unknown} of {dict(mesh.shape)}: usual are {', '.join(MESH_AXES)}; for axes of your own, "
+                "Rules(mesh, table)"
+            )
         split = SPLIT.get(name, {})
         return cls(mesh, PRESETS[name], split.get("optimizer"), split.get("gradients"), microbatches)
 
@@ -152,7 +162,10 @@ class Rules:
 
     def inside_stage(self) -> Rules:
         """The rules of what one replica of one stage computes, which knows nothing of the others."""
-        around = (*self.stages, *self.replicas)
+        return self.inside((*self.stages, *self.replicas))
+
+    def inside(self, around: tuple[str, ...]) -> Rules:
+        """The rules of what is computed at each place along the mesh axes `around` by itself."""
         table = tuple((axis, tuple(m for m in wanted if m not in around)) for axis, wanted in self.table)
         return Rules(self.mesh, table, around=around)
 
@@ -179,6 +192,19 @@ class Rules:
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+
+@functools.cache
+def _check_processes(mesh: Mesh) -> None:
+    if mesh.devices.flat[0] not in jax.devices():  # of a topology that is only compiled for
+        return
+    held = sorted({device.process_index for device in mesh.devices.flat})
+    count, own = jax.process_count(), jax.process_index()
+    if len(held) < count and held != [own]:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} has devices of process {', '.join(map(str, held))} of {count}, and this is process {own}: a mesh "
+            "has devices of every process (make_mesh without devices=), or of this one alone (devices=jax.local_devices())"
+        )
 
 
 def resolve_rules(rules: Rules | str | None, mesh: Mesh | None) -> Rules | None:

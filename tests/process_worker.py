@@ -1,5 +1,6 @@
 """One process of a job that test_processes.py launches: `process_worker.py TASK PROCESS COUNT PORT DIRECTORY …`. No test of its own."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from jaxmodels.sharding import global_batch, process_rows, process_share, to_hos
 from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from jaxmodels.training.batches import Stream
 from jaxmodels.training.checkpoints import Checkpoints, describe, restore
+from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, load_adapter, save_adapter
 
 MESH = {"fsdp": 4, "tensor": 2}
 PROMPTS = np.random.default_rng(0).integers(3, 97, (4, 12)).astype(np.int32)
@@ -177,6 +179,65 @@ def trainers(process, directory, path):
         np.savez(f"{directory}/{name}{process}.npz", **trained(directory, path, mesh))
 
 
+DECODING = {
+    "quantized": {
+        "cache_implementation": "quantized",
+        "cache_config": {"nbits": 8, "axis_key": 0, "axis_value": 0, "q_group_size": 8, "residual_length": 8},
+    },
+    "offloaded": {"cache_implementation": "offloaded"},
+    "windows": {"cache_implementation": "sliding_window"},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 4},
+    "assistant": {"num_assistant_tokens": 3},
+}
+
+
+def decoded():
+    """{way of decoding: tokens} of a model whose layers see 8 tokens, and the losses of an adapter of its stacked layers."""
+    config = jm.AutoConfig.for_model(
+        "mistral", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=8,
+    )  # fmt: skip
+    rules = jm.Rules.preset("fsdp+tensor", jm.make_mesh(**MESH))
+    model = jm.AutoModelForCausalLM.class_for(config)(config, rules=rules, scan_layers=True)
+    full = model.clone(config=dataclasses.replace(config, sliding_window=None))
+    params = jax.tree.map(lambda spec: 0.15 * filled(spec), jm.abstract_params(model))
+    found = {}
+    for way, options in DECODING.items():
+        drafts = {"assistant_model": (model, params)} if way == "assistant" else {}
+        key = {"key": jax.random.key(7)} if way == "samples" else {}
+        used = model if way == "windows" else full
+        out = jm.generate(used, params, PROMPTS, MASK, max_new_tokens=9, eos_token_id=None, **options, **drafts, **key)
+        found[way] = to_host(out.sequences)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True)
+    optimizer, options = optax.adamw(1e-2), {"frozen": frozen_by(adapter)}
+    state = jm.create_train_state(model, optimizer, add_lora(model, params, adapter, jax.random.key(2)), **options)
+    step, losses = jm.make_train_step(model, optimizer, **options), []
+    for i in range(3):
+        state, metrics = step(state, batch(model, i))
+        losses.append(to_host(metrics["loss"]))
+    found["adapter"] = np.stack(losses)
+    return found, model, state.params, adapter
+
+
+def decoding(process, directory):
+    found, model, params, adapter = decoded()
+    save_adapter(f"{directory}/adapter", model, params, adapter)
+    back, _ = load_adapter(f"{directory}/adapter", model, jm.unflatten({k: v for k, v in jm.flatten(params).items() if "lora_" not in k}))
+    same = to_host((adapter_of(back), adapter_of(params)))
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    tokens = [jm.generate(model, given, PROMPTS, MASK, max_new_tokens=4, eos_token_id=None).sequences for given in (params, back)]
+    np.testing.assert_array_equal(*to_host(tokens))
+    some = jax.devices()[: len(jax.devices()) // 2]  # of the first half of the processes
+    try:
+        jm.Rules.preset("fsdp", jm.make_mesh(some, fsdp=-1))
+        told = "nothing"
+    except ValueError as error:
+        told = str(error)
+    np.savez(f"{directory}/decoded{process}.npz", told=told, **found)
+
+
 def filled(spec):
     numbers = np.random.default_rng(spec.size).standard_normal(spec.shape, np.float32)
     return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: numbers[index])
@@ -231,4 +292,5 @@ if __name__ == "__main__":
     seconds = 3 if task == "killed" else 10
     timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": seconds}
     jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
-    {"everything": everything, "families": families, "killed": killed, "trainers": trainers}[task](int(process), directory, *arguments)
+    tasks = {function.__name__: function for function in (everything, families, killed, trainers, decoding)}
+    tasks[task](int(process), directory, *arguments)

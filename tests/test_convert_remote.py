@@ -17,8 +17,12 @@ from jaxmodels.convert import remote
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import read_checkpoint, read_file, write_checkpoint
 from jaxmodels.convert.hub import is_url, resolve
+from jaxmodels.convert.orbax import save_orbax
 from jaxmodels.convert.tensors import as_tensor, lengths
 from jaxmodels.processing import AutoTokenizer
+from jaxmodels.training import TrainingArguments
+from jaxmodels.training.checkpoints import Checkpoints
+from jaxmodels.training.lora import LoraConfig, add_lora, save_adapter
 
 FIRST = "model-00001-of-00004.safetensors"
 
@@ -184,8 +188,26 @@ def test_what_servers_lack(directory, tmp_path):
         read_checkpoint("nosuch://bucket/model")
     with pytest.raises(CheckpointError, match=r"s3://bucket/model: cannot be opened: Install s3fs"):
         read_checkpoint("s3://bucket/model")
-    with pytest.raises(CheckpointError, match="written to a local directory"):
-        write_checkpoint("memory://model", tensors())
+
+
+def test_nothing_is_written_to_a_url(model, tmp_path, monkeypatch):
+    """As a path s3://bucket would be a directory named `s3:`, and a run's checkpoints gone with the machine."""
+    monkeypatch.chdir(tmp_path)
+    net, params = jm.AutoModelForCausalLM.from_pretrained(model)
+    url, adapter = "s3://bucket/run", LoraConfig(r=2)
+    for write in (
+        lambda: jm.save_pretrained(url, net, params),
+        lambda: write_checkpoint(url, tensors()),
+        lambda: save_adapter(url, net, add_lora(net, params, adapter, jax.random.key(0)), adapter),
+        lambda: jm.AutoTokenizer.from_pretrained(model).save_pretrained(url),
+        lambda: save_orbax(url, jm.flatten(params), {}),
+        lambda: jm.GenerationConfig().save_pretrained(url),
+        lambda: TrainingArguments(url),
+        lambda: Checkpoints(url),
+    ):
+        with pytest.raises(CheckpointError, match="s3://bucket/run: is written to a local directory"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_shrinks_while_it_is_read(directory, memory):

@@ -17,7 +17,7 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.sharding import make_mesh
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
-from jaxmodels.sharding.plan import plan, preset_for, rank
+from jaxmodels.sharding.plan import plan, preset_for, rank, sweep_meshes
 from jaxmodels.training import make_train_step
 
 needs_libtpu = pytest.mark.skipif(
@@ -91,6 +91,44 @@ def test_flops():
 
 def test_presets_by_mesh():
     assert [preset_for(m) for m in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"expert": 8, "tensor": 2})] == ["fsdp", "fsdp+tensor", "expert"]
+
+
+def test_meshes_to_try():
+    assert sweep_meshes(8, "train", {}) == [
+        {"fsdp": 8, "tensor": 1},
+        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 2, "tensor": 4},
+        {"fsdp": 1, "tensor": 8},
+    ]
+    assert sweep_meshes(12, "decode", {}) == [{"data": 12, "tensor": 1}, {"data": 6, "tensor": 2}, {"data": 3, "tensor": 4}]
+    assert sweep_meshes(16, "train", {"stage": 8}) == [{"stage": 8, "data": 2, "tensor": 1}, {"stage": 8, "data": 1, "tensor": 2}]
+    assert sweep_meshes(8, "train", {"tensor": 2, "expert": 2}) == [{"fsdp": 2, "tensor": 2, "expert": 2}]
+    assert sweep_meshes(8, "prefill", {"fsdp": 2}) == [{"fsdp": 2, "tensor": 4}]
+    assert sweep_meshes(8, "train", {"fsdp": 2, "tensor": 4}) == [{"fsdp": 2, "tensor": 4}]
+    for fixed in ({"stage": 3}, {"fsdp": 2, "tensor": 2}, {"fsdp": -1}):
+        with pytest.raises(ValueError, match="a sweep over 8 chips that keeps"):
+            sweep_meshes(8, "train", fixed)
+    with pytest.raises(ValueError, match=r"mesh axes \['tensro'\] are none of stage"):
+        sweep_meshes(8, "train", {"tensro": 2})
+
+
+@needs_libtpu
+@pytest.mark.parametrize("job", ["decode", pytest.param("train", marks=pytest.mark.slow)])
+def test_a_sweep_ranks_what_can_be(tmp_path, capsys, job):
+    """The fastest that fits first, and last what the mesh cannot do, with the reason: three layers in two stages."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
+    arguments = ["--topology", "v5e:2x2", "--batch", "8", "--length", "256", "--sweep", "--job", job]
+    assert main(["plan", str(tmp_path / "config.json"), *arguments]) == 0
+    tried, ranked = (part.splitlines() for part in capsys.readouterr().out.split("\n\nranked\n"))
+    assert sorted(tried) == sorted(ranked) and len(ranked) == {"decode": 3, "train": 6}[job]
+    milliseconds = [float(line.split(" ms ")[0].split()[-1]) for line in ranked]
+    assert milliseconds == sorted(milliseconds)
+    if job == "train":
+        assert main(["plan", str(tmp_path / "config.json"), *arguments, "--mesh", "stage=2", "--remat", "full"]) == 1
+        ranked = capsys.readouterr().out.split("\n\nranked\n")[1].splitlines()
+        assert len(ranked) == 2 and all("the stack cannot be cut into 2 stages" in line for line in ranked)
+        assert main(["plan", str(tmp_path / "config.json"), *arguments, "--mesh", "stage=3"]) == 1
+        assert "the sizes must divide them" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -126,6 +126,18 @@ def test_trainers_of_two_processes_do_what_one_does(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_way_to_decode_and_adapters_of_stacked_layers(tmp_path):
+    """Other caches than the plain one, beams, samples, drafts, a step that trains an adapter: what one process has over eight devices."""
+    Job("decoding", tmp_path, 4, 2).finish()
+    found, alone = [np.load(tmp_path / f"decoded{process}.npz") for process in range(4)], process_worker.decoded()[0]
+    for process, of in enumerate(found):
+        for way in process_worker.DECODING:
+            np.testing.assert_array_equal(of[way], alone[way])
+        np.testing.assert_allclose(of["adapter"], alone["adapter"], rtol=1e-5)
+        assert f"has devices of process 0, 1 of 4, and this is process {process}: a mesh has devices of every process" in str(of["told"])
+
+
+@pytest.mark.slow
 def test_every_way_that_a_file_differs_from_the_tree(tmp_path):
     Job("families", tmp_path, 2, 4).finish()
     together = sorted(tmp_path.glob("*-together"))

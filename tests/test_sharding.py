@@ -65,6 +65,8 @@ def test_explain(mesh):
 def test_unknown_mesh_axes_are_refused(mesh):
     with pytest.raises(ValueError, match=r"the rules name mesh axes \['tensro'\]"):
         Rules(mesh, (("heads", ("tensro",)),))
+    with pytest.raises(ValueError, match=r"no preset knows the mesh axes \['tensro'\]"):
+        Rules.preset("tensor", make_mesh(fsdp=2, tensro=4))
 
 
 def test_several_slices():

@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--length", type=count, required=True, help="tokens a row; decode: slots of the cache")
     plan.add_argument("--remat", default="full", help="train: a jax.checkpoint policy, or none (default %(default)s)")
     plan.add_argument("--dtype", default="bfloat16", choices=DTYPES[1:], help="compute dtype; serving: of the parameters too")
-    plan.add_argument("--sweep", action="store_true", help="try meshes and remat policies and rank them")
+    plan.add_argument("--sweep", action="store_true", help="try meshes, which keep the sizes in --mesh, and remat policies; rank them")
     _hub(plan)
 
     train = command("train", "train:run", "Train by a YAML file: pretraining, SFT, DPO, LoRA. Started again, it goes on where it stopped.")

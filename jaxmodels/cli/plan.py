@@ -16,10 +16,12 @@ from jaxmodels.sharding.plan import plan, rank, sweep
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 when nothing fits."""
     options: dict[str, Any] = {"topology": args.topology, "job": args.job, "batch": args.batch, "length": args.length, "dtype": args.dtype}
-    config = _config(args)
+    options |= {"rules": args.rules, "microbatches": args.microbatches}
+    config, mesh = _config(args), mesh_sizes(args.mesh) if args.mesh else {}
+    remat = None if args.remat == "none" else args.remat
     if args.sweep:
-        plans = []
-        for found in sweep(config, **options):
+        plans, policies = [], {} if args.remat == "full" else {"remats": (remat,)}
+        for found in sweep(config, mesh=mesh, **options, **policies):
             plans.append(found)
             print(_line(found), flush=True)
         best = rank(plans)
@@ -27,10 +29,9 @@ def run(args: argparse.Namespace) -> int:
         for found in best:
             print(_line(found))
         return 0 if best[0].fits else 1
-    if not args.mesh:
+    if not mesh:
         raise ValueError("--mesh is needed, such as fsdp=64,tensor=4, or --sweep to try several")
-    options |= {"rules": args.rules, "remat": None if args.remat == "none" else args.remat, "microbatches": args.microbatches}
-    report = plan(config, mesh=mesh_sizes(args.mesh), **options)
+    report = plan(config, mesh=mesh, remat=remat, **options)
     print(report)
     return 0 if report.fits else 1
 

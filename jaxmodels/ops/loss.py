@@ -1,16 +1,24 @@
-"""Losses in float32, with HF's meaning of labels: -100 is left out."""
+"""Losses in float32, with HF's meaning of labels: -100 is left out.
+
+Axis letters: B rows, T tokens, D hidden, V vocabulary, G groups of devices that hold the same tokens."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxmodels.ops.pipeline import spec_axes
 
 IGNORE = -100
+
+Head = Callable[[jax.Array], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -55,48 +63,51 @@ def token_losses(logits: jax.Array, labels: jax.Array, options: LossOptions = Lo
     return jnp.where(real, losses, 0)
 
 
-def row_losses(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: jax.Array, options: LossOptions) -> jax.Array:
+def row_losses(head: Head, x: jax.Array, labels: jax.Array, options: LossOptions, rules: Any = None) -> jax.Array:
     """As `summed_loss`, but a sum for every row, [B]. In chunks the logits are computed again for the gradient, since what weighs a row
     is not known sooner."""
-    piece = lambda x, labels: jnp.sum(token_losses(head(x), labels, options), 1)
     if options.chunk is None or options.chunk >= x.shape[1]:
-        return piece(x, labels)
-    body = jax.checkpoint(lambda sums, xs: (sums + piece(*xs), None), prevent_cse=False)
-    return lax.scan(body, jnp.zeros(len(x), jnp.float32), _pieces(x, labels, options.chunk))[0]
+        return jnp.sum(token_losses(_whole(head, x, rules), labels, options), 1)
+    groups = _Groups(rules, *labels.shape)
+    pieces = groups.pieces(x, labels, options.chunk)
+    head, weights = jax.closure_convert(head, pieces[0][0, 0])
+    piece = groups.each(lambda x, labels, weights: jnp.sum(token_losses(groups.place(head(x, *weights)), labels, options), 1))
+    copies = groups.copies(weights)
+    body = jax.checkpoint(lambda sums, xs: (sums + piece(*xs, copies), None), prevent_cse=False)
+    return groups.rows(lax.scan(body, jnp.zeros(pieces[1].shape[1:3], jnp.float32), pieces)[0])
 
 
-def _pieces(x: jax.Array, labels: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """[B,T,D] and [B,T] as [pieces,B,chunk,D] and [pieces,B,chunk], padded with labels that do not count."""
-    (B, T), pieces = labels.shape, -(-labels.shape[1] // chunk)
-    pad = pieces * chunk - T
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, pieces, chunk, -1).swapaxes(0, 1)
-    return x, jnp.pad(labels, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, pieces, chunk).swapaxes(0, 1)
-
-
-def summed_loss(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: jax.Array, options: LossOptions) -> jax.Array:
-    """The sum [] of `token_losses` of head(x [B,T,D]) -> [B,T,V] against labels [B,T].
+def summed_loss(head: Head, x: jax.Array, labels: jax.Array, options: LossOptions, rules: Any = None) -> jax.Array:
+    """The sum [] of `token_losses` of head(x [B,T,D]) -> [B,T,V] against labels [B,T]. rules: the model's, of logical axes to mesh axes.
 
     With options.chunk the logits of so many tokens a row exist at a time, forward and backward: where a gradient is wanted the forward
-    loop makes it at once, so no logits are computed twice."""
+    loop makes it at once, so no logits are computed twice. Over a mesh every device adds up the head's gradient from its own tokens, and
+    these sums are reduced once, after the loop."""
     if options.chunk is None or options.chunk >= x.shape[1]:
-        return jnp.sum(token_losses(head(x), labels, options))
-    x, labels = _pieces(x, labels, options.chunk)
-    head, weights = jax.closure_convert(head, x[0])
-    piece = lambda x, labels, weights: jnp.sum(token_losses(head(x, *weights), labels, options))
+        return jnp.sum(token_losses(_whole(head, x, rules), labels, options))
+    groups = _Groups(rules, *labels.shape)
+    x, labels = groups.pieces(x, labels, options.chunk)
+    head, weights = jax.closure_convert(head, x[0, 0])
+    one = lambda x, labels, weights: jnp.sum(token_losses(groups.place(head(x, *weights)), labels, options))
+    piece, slope = groups.each(one), groups.each(jax.value_and_grad(one, (0, 2)))
+    zero = lambda shape: groups.copies([jnp.zeros(shape, jnp.float32)])[0]
 
     @jax.custom_vjp
     def total(x: jax.Array, labels: jax.Array, weights: list[jax.Array]) -> jax.Array:
-        return lax.scan(lambda sum, xs: (sum + piece(*xs, weights), None), jnp.float32(0), (x, labels))[0]
+        copies = groups.copies(weights)
+        return jnp.sum(lax.scan(lambda sums, xs: (sums + piece(*xs, copies), None), zero(()), (x, labels))[0])
 
     def forward(x: jax.Array, labels: jax.Array, weights: list[jax.Array]) -> tuple:
+        copies = groups.copies(weights)
+
         def body(carry: tuple, xs: tuple) -> tuple:
-            value, (dx, dw) = jax.value_and_grad(piece, (0, 2))(*xs, weights)
+            value, (dx, dw) = slope(*xs, copies)
             return jax.tree.map(jnp.add, carry, (value, dw)), dx  # the sums in float32, whatever dw's dtype
 
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-        scanned: Any = lax.scan(body, (jnp.float32(0), zeros), (x, labels))
+        scanned: Any = lax.scan(body, (zero(()), [zero(w.shape) for w in weights]), (x, labels))
         (value, dw), dx = scanned
-        return value, (dx, dw)
+        dx, dw = lax.optimization_barrier((dx, [jnp.sum(g, 0) for g in dw]))  # reduced before anything else, which frees the whole sums
+        return jnp.sum(value), (dx, dw)
 
     def backward(gradients: tuple, cotangent: jax.Array) -> tuple:
         dx, dw = gradients
@@ -104,6 +115,62 @@ def summed_loss(head: Callable[[jax.Array], jax.Array], x: jax.Array, labels: ja
 
     total.defvjp(forward, backward)
     return total(x, labels, weights)
+
+
+def _whole(head: Head, x: jax.Array, rules: Any) -> jax.Array:
+    logits = head(x)
+    return logits if rules is None else rules.constrain(logits, ("batch", "seq", "act_vocab"))
+
+
+class _Groups:
+    """Tokens [B,T] as G groups along the mesh axes that split them, to compute on each by itself: without rules one group.
+
+    The partitioner would reduce a weight's gradient over all groups in every turn of a loop. With a leading axis G, of copies that each
+    lie on their own group, a turn has nothing to reduce."""
+
+    def __init__(self, rules: Any, B: int, T: int):
+        self.rules, self.B = rules, B
+        axes = () if rules is None else rules.spec(("batch", "seq"), (B, T))
+        over = [spec_axes(axis) for axis in axes] or [(), ()]
+        self.axes = (*over[0], *over[1])
+        self.rowwise, self.columnwise = (math.prod(rules.mesh.shape[a] for a in axes) if axes else 1 for axes in over)
+        self.inside = rules and rules.inside(self.axes)
+
+    def pieces(self, x: jax.Array, labels: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+        """[B,T,D] and [B,T] as [pieces,G,b,c,D] and [pieces,G,b,c] of `chunk` tokens a row, padded with labels that do not count."""
+        own = labels.shape[1] // self.columnwise
+        chunk = min(own, -(-chunk // self.columnwise))
+        count = -(-own // chunk)
+
+        def cut(x: jax.Array, fill: int) -> jax.Array:
+            rest = x.shape[2:]
+            x = x.reshape(self.rowwise, -1, self.columnwise, own, *rest).swapaxes(1, 2).reshape(-1, self.B // self.rowwise, own, *rest)
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, count * chunk - own), *[(0, 0)] * len(rest)), constant_values=fill)
+            return jnp.moveaxis(self._spread(x.reshape(*x.shape[:2], count, chunk, *rest)), 2, 0)
+
+        return cut(x, 0), cut(labels, IGNORE)
+
+    def rows(self, sums: jax.Array) -> jax.Array:
+        """[G,b] of every group's tokens as [B]."""
+        return sums.reshape(self.rowwise, self.columnwise, -1).sum(1).reshape(-1)
+
+    def copies(self, weights: list[jax.Array]) -> list[jax.Array]:
+        """[…] as [G, …]."""
+        return [self._spread(jnp.broadcast_to(w, (self.rowwise * self.columnwise, *w.shape))) for w in weights]
+
+    def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of every group's own."""
+        return jax.vmap(function, spmd_axis_name=self.axes or None)
+
+    def place(self, logits: jax.Array) -> jax.Array:
+        """One group's logits [b,c,V]."""
+        return logits if self.inside is None else self.inside.constrain(logits, ("batch", "seq", "act_vocab"))
+
+    def _spread(self, x: jax.Array) -> jax.Array:
+        if not self.axes:
+            return x
+        spec = PartitionSpec(self.axes, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+        return lax.with_sharding_constraint(x, NamedSharding(self.rules.mesh, spec))
 
 
 def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str | None) -> jax.Array:

@@ -348,9 +348,11 @@ class Tokenizer(Vocabulary, ChatTemplates):
         """Write tokenizer.json, tokenizer_config.json and the chat templates, each atomically; returns their paths.
 
         `transformers` loads the directory and gives the same ids."""
+        from jaxmodels.convert.hub import local_directory
+
         from .files import write_pretrained
 
-        return write_pretrained(self, Path(save_directory))
+        return write_pretrained(self, local_directory(save_directory))
 
     def train_new_from_iterator(
         self,

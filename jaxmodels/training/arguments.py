@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from jaxmodels.convert.hub import local_directory
+
 INTERVALS = ("no", "steps", "epoch")
 SAMPLING = ("random", "sequential", "group_by_length")
 REPORTS = ("jsonl", "tensorboard")
@@ -209,7 +211,7 @@ class TrainingArguments:
         for field in dataclasses.fields(self):
             if field.type in ("int", "float", "int | None", "float | None"):
                 setattr(self, field.name, _number(field.name, getattr(self, field.name), str(field.type)))
-        self.output_dir = str(Path(self.output_dir).expanduser())
+        self.output_dir = str(local_directory(self.output_dir).expanduser())
         self._choices()
         self._checkpointing()
         if self.group_by_length:

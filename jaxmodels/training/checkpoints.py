@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.convert.hub import local_directory
 
 NAME = re.compile(r"checkpoint-(\d+)")
 NOT_THE_MODEL = ("generation_config", "dtype", "torch_dtype", "_name_or_path", "architectures", "transformers_version", "use_cache")
@@ -56,7 +57,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, limit: int | None = None):
         import orbax.checkpoint as ocp
 
-        self.directory, self.limit = Path(directory).absolute(), limit
+        self.directory, self.limit = local_directory(directory).absolute(), limit
         self.best: str | None = None
         self.writing: Path | None = None
         self.saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())

@@ -13,12 +13,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.auto import conversion_of
 from jaxmodels.config import read_json, thaw
@@ -163,13 +165,18 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
     """`params` with a fresh adapter of float32 beside the targets: as PEFT's, one that changes nothing yet."""
     flat = dict(flatten(params))
     for module, (kind, unrolled) in _targets(model, config).items():
+        make = partial(_adapter, kind=kind, module=module, unrolled=unrolled, config=config, key=key)
         weight = flat[f"{module}.weight"]
-        if members(module) and spread(weight):
-            raise ValueError("stacked layers that lie over several processes take no adapter: load the model with scan_layers=False")
-        keys = [jax.random.fold_in(key, _number(name)) for name in members(module) or [module]]
-        leaves = [_fresh(kind, w, config, name, k) for w, name, k in zip(_layers(weight, module), unrolled, keys)]
-        flat |= {f"{module}.{name}": _joined([leaf[name] for leaf in leaves], module) for name in leaves[0]}
+        if spread(weight):  # over several processes: it has no slices outside of a program, and what goes with it lies with it
+            make = jax.jit(make, out_shardings=NamedSharding(weight.sharding.mesh, PartitionSpec()))
+        flat |= make(weight)
     return unflatten(flat)
+
+
+def _adapter(weight: jax.Array, kind: type, module: str, unrolled: list[str], config: LoraConfig, key: jax.Array) -> Adapter:
+    keys = [jax.random.fold_in(key, _number(name)) for name in members(module) or [module]]
+    leaves = [_fresh(kind, w, config, name, k) for w, name, k in zip(_layers(weight, module), unrolled, keys)]
+    return {f"{module}.{name}": _joined([leaf[name] for leaf in leaves], module) for name in leaves[0]}
 
 
 def _number(name: str) -> int:
