@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from contextlib import nullcontext
 
 import jax
@@ -33,9 +34,17 @@ from jaxmodels.convert import parity
 from jaxmodels.convert.load import unload
 from jaxmodels.generation import generate
 from jaxmodels.ops.precision import parity_mode
-from jaxmodels.params import abstract_params, count_params, flatten
+from jaxmodels.params import abstract_params, count_params, flatten, param_axes
 from jaxmodels.sharding import Rules, make_mesh
 
+MESHES = [
+    ("fsdp+tensor", {"fsdp": 4, "tensor": 2}),
+    ("tensor", {"data": 4, "tensor": 2}),
+    ("fsdp", {"fsdp": 4, "tensor": 2}),
+    ("sequence", {"fsdp": 2, "tensor": 2, "sequence": 2}),
+]
+EXPERTS = "expert", {"fsdp": 2, "tensor": 2, "expert": 2}
+WAYS = [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}]
 CHUNKS = [[7] * 4, [7, 0, 3, 1], [0, 7, 0, 2], [7, 5, 7, 7]]  # turns of 7 columns, for programs that are compiled for this alone
 
 
@@ -99,12 +108,17 @@ class FamilyChecks(VariantChecks):
         self.also(case, *case.scanned)
 
     def test_eight_devices_equal_one(self, case):
-        """Loaded in shards under fsdp+tensor rules."""
-        rules = Rules.preset("fsdp+tensor", make_mesh(fsdp=4, tensor=2))
-        model, params = case.load(rules=rules, scan_layers=True)
+        """Loaded in shards under one of the presets: experts over devices where there are any, else by the family's name."""
+        number = zlib.crc32(self.hf_config.model_type.encode())
+        has_experts = any("experts" in axes for axes in flatten(param_axes(case.scanned[0])).values())
+        preset, mesh = EXPERTS if has_experts else MESHES[number % len(MESHES)]
+        model, params = case.load(rules=Rules.preset(preset, make_mesh(**mesh)), scan_layers=True)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
         case.check(model, params)
-        self.also(case, model, params)
+        self.generates_alike(case, model, params, WAYS[number % len(WAYS)])
+
+    def generates_alike(self, case, model, params, way):
+        """What a model over a mesh generates, if it does."""
 
     def test_torch_loads_ours(self, case, tmp_path):
         """From shards, with no key missing or left over, and the very same logits."""
@@ -235,6 +249,14 @@ class FamilyTester(FamilyChecks, VariantTester):
     """All checks of a decoder."""
 
     greedy = True
+
+    def generates_alike(self, case, model, params, way):
+        """The tokens of one device: greedy, by beams or drawn."""
+        ids, mask = case.inputs.input_ids, case.inputs.attention_mask
+        key = {"key": jax.random.key(0)} if "do_sample" in way else {}
+        call = lambda *model: generate(*model, ids, mask, max_new_tokens=8, **parity.GREEDY | way, **key).sequences
+        with parity_mode():
+            np.testing.assert_array_equal(call(model, params), call(*case.scanned))
 
     def also(self, case, model, params):
         """Turns through the cache."""

@@ -106,8 +106,7 @@ def summed_loss(head: Head, x: jax.Array, labels: jax.Array, options: LossOption
 
         scanned: Any = lax.scan(body, (zero(()), [zero(w.shape) for w in weights]), (x, labels))
         (value, dw), dx = scanned
-        dx, dw = lax.optimization_barrier((dx, [jnp.sum(g, 0) for g in dw]))  # reduced before anything else, which frees the whole sums
-        return jnp.sum(value), (dx, dw)
+        return jnp.sum(value), (dx, [jnp.sum(g, 0) for g in dw])
 
     def backward(gradients: tuple, cotangent: jax.Array) -> tuple:
         dx, dw = gradients
