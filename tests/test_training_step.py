@@ -13,7 +13,9 @@ import transformers
 
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.models.mixtral import MixtralConfig, MixtralForCausalLM
+from jaxmodels.ops.loss import LossOptions, row_losses
 from jaxmodels.params import flatten, init_params, unflatten
+from jaxmodels.sharding.hlo import analyse
 from jaxmodels.sharding.rules import Rules, make_mesh
 from jaxmodels.training import create_train_state, make_eval_step, make_optimizer, make_train_step
 from jaxmodels.training.lora import LoraConfig, add_lora, frozen_by
@@ -159,6 +161,48 @@ def losses_of(preset, moe):
 @pytest.mark.parametrize("preset", LAID)
 def test_the_other_presets_too(preset):
     np.testing.assert_allclose(losses_of(preset, preset == "expert"), losses_of(None, preset == "expert"), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "mesh"),
+    [("fsdp+tensor", {"fsdp": 4, "tensor": 2}), ("sequence", {"data": 2, "fsdp": 2, "sequence": 2}), ("zero2", {"data": 8})],
+)
+def test_the_heads_gradient_is_reduced_once(preset, mesh):
+    """Of eight chunks every device adds up its own; nothing but numbers is sent in their loop. The loss and gradients are one device's."""
+    config = LlamaConfig(**{**SHAPE, "vocab_size": 1024, "num_hidden_layers": 2, "hidden_size": 64}, tie_word_embeddings=False)
+    optimizer, ids = optax.sgd(LR), np.random.default_rng(0).integers(0, 1024, (8, 128)).astype(np.int32)
+    ids[3, 40:] = -100
+    batch, found = {"input_ids": np.maximum(ids, 0), "labels": ids}, []
+    for rules in (None, Rules.preset(preset, make_mesh(**mesh))):
+        model = LlamaForCausalLM(config, scan_layers=True, rules=rules)
+        step, state = (
+            make_train_step(model, optimizer, loss_chunk=16),
+            create_train_state(model, optimizer, init_params(model, jax.random.key(1))),
+        )
+        if rules is not None:
+            collectives = analyse(step.lower(state, batch).compile().as_text(), 8).collectives
+        state, metrics = step(state, batch)
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"]), np.asarray(flatten(state.params)["lm_head.weight"])))
+    for one, many in zip(*found):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-6)
+    assert collectives and all(c.count <= 2 or c.bytes <= 64 for c in collectives), collectives  # two layers, eight chunks
+
+
+def test_rows_of_a_loss_in_chunks_over_a_mesh():
+    """A sum for every row and its gradient, where rows and tokens are split."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((4, 24, 8)).astype(np.float32), rng.standard_normal((32, 8)).astype(np.float32)
+    labels, weights = rng.integers(-1, 32, (4, 24)), rng.standard_normal(4).astype(np.float32)
+    labels[labels < 0] = -100
+
+    def value(x, w, chunk, rules):
+        sums = row_losses(lambda x: x @ w.T, x, labels, LossOptions(chunk=chunk), rules)
+        return jnp.sum(sums * weights), sums
+
+    call = lambda *options: jax.jit(lambda x, w: jax.value_and_grad(value, (0, 1), has_aux=True)(x, w, *options))(x, w)
+    rules = Rules.preset("sequence", make_mesh(fsdp=2, sequence=2, tensor=2))
+    for options in ((5, None), (7, rules), (None, rules)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), call(*options), call(None, None))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "muon", "adamw lora"])
