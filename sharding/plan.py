@@ -154,6 +154,14 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
         ) from error
 
 
+def _slice(topology: str) -> tuple[Sequence[jax.Device], Chip]:
+    devices = topology_devices(topology)
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"no peaks are known for {devices[0].device_kind!r}; known are {', '.join(CHIPS)}")
+    return devices, chip
+
+
 def plan(
     config: Any,
     *,
@@ -178,10 +186,7 @@ def plan(
 
     if job not in JOBS:
         raise ValueError(f"job {job!r} is none of {', '.join(JOBS)}")
-    devices = topology_devices(topology)
-    chip = chip_of(devices[0].device_kind)
-    if chip is None:
-        raise ValueError(f"no peaks are known for {devices[0].device_kind!r}; known are {', '.join(CHIPS)}")
+    devices, chip = _slice(topology)
     laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
     cls = AutoModelForCausalLM.class_for(config)
     attention = "splash" if job != "decode" and flash_suffices(cls(config)) else None
@@ -243,12 +248,12 @@ def sweep(
 ) -> Iterator[Plan]:
     """A plan for every mesh of `sweep_meshes` that keeps the sizes in `mesh` and, to train, every remat policy; `rank` orders them. What a
     mesh cannot do (a stack that its stages do not divide) is a Plan that says so."""
-    for sizes in sweep_meshes(len(topology_devices(topology)), job, mesh):
+    devices, chip = _slice(topology)
+    for sizes in sweep_meshes(len(devices), job, mesh):
         for remat in remats if job == "train" else (None,):
             try:
                 yield plan(config, topology=topology, mesh=sizes, job=job, remat=remat, **options)
             except ValueError as error:
-                chip = CHIPS[topology_devices(topology)[0].device_kind]
                 shape = {"job": job, "topology": topology, "mesh": sizes, "remat": remat, "chip": chip}
                 counts = dict.fromkeys(("parameters", "arguments", "temporaries", "outputs", "code", "flops", "useful_flops"), 0)
                 yield Plan(**shape, **counts, batch=options["batch"], length=options["length"], program=None, refused=str(error))

@@ -5,7 +5,6 @@ Axis letters: B rows, T tokens, D hidden, V vocabulary, G groups of devices that
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +131,7 @@ class _Groups:
         axes = () if rules is None else rules.spec(("batch", "seq"), (B, T))
         over = [spec_axes(axis) for axis in axes] or [(), ()]
         self.axes = (*over[0], *over[1])
-        self.rowwise, self.columnwise = (math.prod(rules.mesh.shape[a] for a in axes) if axes else 1 for axes in over)
+        self.rowwise, self.columnwise = (rules.pieces(axes) if axes else 1 for axes in over)
         self.inside = rules and rules.inside(self.axes)
 
     def pieces(self, x: jax.Array, labels: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
