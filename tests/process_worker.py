@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import trainer_job
 
 import jaxmodels as jm
 from jaxmodels.cli.train import referenced
 from jaxmodels.convert import files, orbax, remote, sharded
 from jaxmodels.sharding import global_batch, process_rows, process_share, to_host
-from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_last_checkpoint
 from jaxmodels.training.batches import Stream
 from jaxmodels.training.checkpoints import Checkpoints, describe, restore
 from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, load_adapter, save_adapter
@@ -238,6 +239,13 @@ def decoding(process, directory):
     np.savez(f"{directory}/decoded{process}.npz", told=told, **found)
 
 
+def training(process, directory, out, steps):
+    """The job of trainer_job.py over all devices: it goes on from what `out` holds."""
+    job = trainer_job.trainer(out, int(steps), jm.Rules.preset("fsdp", jm.make_mesh(fsdp=-1)))
+    job.train(resume_from_checkpoint=get_last_checkpoint(out))
+    job.save_model(f"{out}/hf")
+
+
 def filled(spec):
     numbers = np.random.default_rng(spec.size).standard_normal(spec.shape, np.float32)
     return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: numbers[index])
@@ -289,8 +297,8 @@ def killed(process, directory, *_):
 
 if __name__ == "__main__":
     task, process, count, port, directory, *arguments = sys.argv[1:]
-    seconds = 3 if task == "killed" else 10
+    seconds = 3 if task in ("killed", "training") else 10
     timeouts = {"heartbeat_timeout_seconds": seconds, "shutdown_timeout_seconds": seconds}
     jax.distributed.initialize(f"localhost:{port}", int(count), int(process), **timeouts)
-    tasks = {function.__name__: function for function in (everything, families, killed, trainers, decoding)}
+    tasks = {function.__name__: function for function in (everything, families, killed, trainers, training, decoding)}
     tasks[task](int(process), directory, *arguments)

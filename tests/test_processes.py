@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.sharded import consolidate
 from jaxmodels.convert.tensors import NumpyTensor
+from jaxmodels.training.checkpoints import checkpoints_in
 
 SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -189,6 +190,29 @@ def test_a_kill_at_any_moment_ends_the_job_and_leaves_a_whole_checkpoint(tmp_pat
     with ThreadPoolExecutor(4) as pool:
         inside = list(pool.map(lambda place: [trial(place, turn) for turn in range(5)], range(4)))
     assert sum(map(sum, inside)) >= 3  # most of the time is spent in saves
+
+
+@pytest.mark.slow
+def test_trainers_that_are_killed_go_on_bit_for_bit(tmp_path, monkeypatch):
+    """SIGKILL of either process around a checkpoint: the other ends too, and the next job makes of what is left what would have been."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    start = lambda out: Job("training", tmp_path, 2, 1, tmp_path / out, 60)
+    newest = lambda: max(checkpoints_in(tmp_path / "out"), default=0)
+    start("whole").finish()
+    moments = random.Random(0)
+    for turn in range(4):
+        job, reached, end = start("out"), newest(), time.monotonic() + 120
+        while newest() == reached and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.15))
+        job.kill(turn % 2)
+        codes = job.wait(60)
+        assert codes[turn % 2] == -signal.SIGKILL and codes[1 - turn % 2] not in (0, -signal.SIGKILL), codes
+        assert re.search("Gloo .* failed|another task died|ProcessError", job.logs[1 - turn % 2].read_text())
+    assert 0 < newest() < 60
+    start("out").finish()
+    assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (tmp_path / "whole/hf/model.safetensors").read_bytes()
 
 
 def torch_state(shapes, directory):

@@ -25,8 +25,8 @@ def examples(number=61):
     return made
 
 
-def trainer(out, steps, **options):
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2), scan_layers=True)
+def trainer(out, steps, rules=None, **options):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2), scan_layers=True, rules=rules)
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": steps, "learning_rate": 1e-2}
     settings |= {"neftune_noise_alpha": 5.0, "group_by_length": True, "warmup_steps": 0.1, "logging_steps": 3, "disable_tqdm": True}
     settings |= {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 2, "save_total_limit": 2, "metric_for_best_model": "loss"}
