@@ -123,7 +123,9 @@ def test_sharded_equals_one_device(scanned, preset):
         step, seen = make_train_step(model, optimizer), []
         for batch in itertools.islice(batches(), 3):
             batch = {name: jnp.asarray(np.tile(np.where(value < 0, value, value % 96), (2, 1)), jnp.int32) for name, value in batch.items()}
+            before = state
             state, metrics = step(state, batch)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
             seen.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         kept = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, placed)
         assert all(jax.tree.leaves(kept))
