@@ -254,9 +254,9 @@ def sweep(
             try:
                 yield plan(config, topology=topology, mesh=sizes, job=job, remat=remat, **options)
             except ValueError as error:
-                shape = {"job": job, "topology": topology, "mesh": sizes, "remat": remat, "chip": chip}
-                counts = dict.fromkeys(("parameters", "arguments", "temporaries", "outputs", "code", "flops", "useful_flops"), 0)
-                yield Plan(**shape, **counts, batch=options["batch"], length=options["length"], program=None, refused=str(error))
+                shape: dict[str, Any] = {"job": job, "topology": topology, "mesh": sizes, "remat": remat, "chip": chip}
+                shape |= dict.fromkeys(("parameters", "arguments", "temporaries", "outputs", "code", "flops", "useful_flops"), 0)
+                yield Plan(**shape, batch=options["batch"], length=options["length"], program=None, refused=str(error))
 
 
 def sweep_meshes(chips: int, job: str, fixed: Mapping[str, int]) -> list[dict[str, int]]:

@@ -20,8 +20,10 @@ def run(args: argparse.Namespace) -> int:
     config, mesh = _config(args), mesh_sizes(args.mesh) if args.mesh else {}
     remat = None if args.remat == "none" else args.remat
     if args.sweep:
-        plans, policies = [], {} if args.remat == "full" else {"remats": (remat,)}
-        for found in sweep(config, mesh=mesh, **options, **policies):
+        plans = []
+        if args.remat != "full":  # else several
+            options["remats"] = (remat,)
+        for found in sweep(config, mesh=mesh, **options):
             plans.append(found)
             print(_line(found), flush=True)
         best = rank(plans)

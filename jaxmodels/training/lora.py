@@ -165,7 +165,7 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
     """`params` with a fresh adapter of float32 beside the targets: as PEFT's, one that changes nothing yet."""
     flat = dict(flatten(params))
     for module, (kind, unrolled) in _targets(model, config).items():
-        make = partial(_adapter, kind=kind, module=module, unrolled=unrolled, config=config, key=key)
+        make: Callable[..., Adapter] = partial(_adapter, kind=kind, module=module, unrolled=unrolled, config=config, key=key)
         weight = flat[f"{module}.weight"]
         if spread(weight):  # over several processes: it has no slices outside of a program, and what goes with it lies with it
             make = jax.jit(make, out_shardings=NamedSharding(weight.sharding.mesh, PartitionSpec()))
