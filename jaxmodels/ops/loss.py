@@ -158,7 +158,9 @@ class _Groups:
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of every group's own."""
-        return jax.vmap(function, spmd_axis_name=self.axes or None)
+        if self.axes:
+            return jax.vmap(function, spmd_axis_name=self.axes)
+        return lambda *own: jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda x: x[0], own)))
 
     def place(self, logits: jax.Array) -> jax.Array:
         """One group's logits [b,c,V]."""
