@@ -45,11 +45,11 @@ def recorder(base, events):
     return type("Recorder", (base,), {event: note(event) for event in EVENTS})()
 
 
-def run_theirs(model, tmp_path, data, held, kind="", events=None, **options):
+def run_theirs(model, tmp_path, data, held, kind="", events=None, compute_metrics=None, **options):
     arguments = getattr(transformers, f"{kind}TrainingArguments")
     options = COMMON | {"report_to": "none", "use_cpu": True, "disable_tqdm": True} | options
     trainer = getattr(transformers, f"{kind}Trainer")(
-        model, arguments(str(tmp_path / "theirs"), **options), train_dataset=data, eval_dataset=held
+        model, arguments(str(tmp_path / "theirs"), **options), train_dataset=data, eval_dataset=held, compute_metrics=compute_metrics
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if events is not None:
@@ -58,14 +58,14 @@ def run_theirs(model, tmp_path, data, held, kind="", events=None, **options):
     return trainer
 
 
-def compared(ours, theirs):
+def compared(ours, theirs, steps=COMMON["max_steps"]):
     """Every record of HF's log has its like in ours."""
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs):
         assert other.keys() <= mine.keys()
         for name in other.keys() - {n for n in other if "runtime" in n or "second" in n or n == "total_flos"}:
             assert abs(mine[name] - other[name]) <= 1e-4 * max(1, abs(other[name])), (mine["step"], name, mine[name], other[name])
-    assert sum("grad_norm" in record for record in ours) == COMMON["max_steps"]
+    assert sum("grad_norm" in record for record in ours) == steps
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -118,6 +118,38 @@ def test_classifier_and_its_metrics(tmp_path):
     wanted, found = reference.predict(data[:6]), trainer.predict(data[:6])
     assert found.predictions is wanted.predictions is None
     assert found.metrics["test_loss"] == pytest.approx(wanted.metrics["test_loss"], rel=1e-4)
+
+
+class Rows:
+    """Metrics batch by batch: so many rows, so many labels."""
+
+    def __init__(self):
+        self.seen = [0, 0]
+
+    def __call__(self, prediction, compute_result):
+        self.seen = [self.seen[0] + len(prediction.predictions), self.seen[1] + int((np.asarray(prediction.label_ids) != -100).sum())]
+        rows, labels = self.seen
+        self.seen = [0, 0] if compute_result else self.seen
+        return {"rows": rows, "labels": labels}
+
+
+def test_what_else_the_arguments_ask_for(tmp_path):
+    """Adam's numbers, tokens that were seen, what is left of an epoch dropped, metrics by batch, a column that the model does not take."""
+    theirs, model, params = pair(tmp_path, transformers.LlamaForCausalLM, LLAMA, AutoModelForCausalLM)
+    data = [row | {"source": "a book"} for row in rows(22, 13, lambda rng, ids, mask: np.where(mask, ids, -100))]
+    held = [{"input_ids": row["input_ids"], "labels": row["input_ids"], "source": "a book"} for row in data[:8]]
+    options = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4, "include_num_input_tokens_seen": "non_padding"}
+    options |= {"dataloader_drop_last": True, "batch_eval_metrics": True, "gradient_accumulation_steps": 2, "logging_strategy": "epoch"}
+    metrics = Rows()
+    reference = run_theirs(theirs, tmp_path, data, held, compute_metrics=metrics, **options)
+    args = TrainingArguments(str(tmp_path / "ours"), **COMMON | options)
+    trainer = Trainer(model, params, args, train_dataset=data, eval_dataset=held, compute_metrics=metrics)
+    trainer.train()
+    assert any("eval_rows" in record for record in reference.state.log_history)
+    clock = ("train_runtime", "train_tokens_per_second")  # beside the tokens; ours is tokens_per_second, in every run
+    wanted = [{name: value for name, value in record.items() if name not in clock} for record in reference.state.log_history]
+    compared(trainer.state.log_history, wanted, steps=4)
+    assert trainer.state.num_input_tokens_seen == int(reference.state.num_input_tokens_seen) > 0
 
 
 def test_seq2seq_generates(tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.cli.main import DTYPES
 from jaxmodels.training.arguments import REFUSED, TrainingArguments
 from jaxmodels.training.lora import LoraConfig
 
@@ -21,7 +22,6 @@ except ImportError as error:
     raise ImportError("the settings of a run need PyYAML, which is not installed: pip install 'jaxmodels[train]'") from error
 
 JOBS = ("pretrain", "sft", "dpo", "lora")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
