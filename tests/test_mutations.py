@@ -17,7 +17,7 @@ from jaxmodels import layers, model
 from jaxmodels.cache import KV, Cache
 from jaxmodels.convert import parity
 from jaxmodels.models import bert
-from jaxmodels.ops import attention
+from jaxmodels.ops import activation, attention
 from jaxmodels.params import flatten, unflatten
 
 TESTER = FamilyTester()
@@ -168,7 +168,7 @@ def norm_takes_the_mean_away(patch):
 
 
 def wrong_activation(patch):
-    patch.setitem(layers.ACTIVATIONS, "silu", layers.ACTIVATIONS["gelu"])
+    patch.setitem(activation.ACTIVATIONS, "silu", activation.ACTIVATIONS["gelu"])
 
 
 def no_bias(patch):

@@ -204,11 +204,9 @@ class Run:
         self.state, metrics = self._program(parts)(self.state, arrays, self.key)
         state.global_step += 1
         state.epoch = self.epoch + self.source.share(state.max_steps)
-        padding = args.include_num_input_tokens_seen == "all"
-        seen = batch.arrays if jax.process_count() > 1 else {name: array[: batch.real] for name, array in batch.arrays.items()}
-        state.num_input_tokens_seen += input_tokens(seen, padding=padding) * self.source.pieces
+        state.num_input_tokens_seen += self._tokens(batch, padding=args.include_num_input_tokens_seen == "all")
         state.total_flos += flops
-        self.meter.add(input_tokens(seen) * self.source.pieces, flops)
+        self.meter.add(self._tokens(batch), flops)
         self.waiting.append((state.global_step, batch.name, metrics))
         self._collect(leave=1)
         if self.meter.begun is None:
@@ -218,6 +216,12 @@ class Run:
         self._act()
         if self.preempted(state.global_step):
             self._leave()
+
+    def _tokens(self, batch: Batch, *, padding: bool = False) -> int:
+        """Of the rows that do not just fill the batch up; where other processes have rows of their own, as if these were like this one's."""
+        if self.source.pieces == 1:
+            return input_tokens({name: array[: batch.real] for name, array in batch.arrays.items()}, padding=padding)
+        return input_tokens(batch.arrays, padding=padding) * self.source.pieces * batch.real // batch.rows
 
     def _program(self, parts: int) -> Any:
         if parts not in self.programs:
