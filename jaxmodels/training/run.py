@@ -218,7 +218,7 @@ class Run:
             self._leave()
 
     def _tokens(self, batch: Batch, *, padding: bool = False) -> int:
-        """Of the rows that do not just fill the batch up; where other processes have rows of their own, as if these were like this one's."""
+        """Of the rows that do not just fill the batch up. Other processes' own rows are taken to be like this one's."""
         if self.source.pieces == 1:
             return input_tokens({name: array[: batch.real] for name, array in batch.arrays.items()}, padding=padding)
         return input_tokens(batch.arrays, padding=padding) * self.source.pieces * batch.real // batch.rows
