@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
 
@@ -19,6 +21,7 @@ def commands():
     return [line.strip().replace("path/to/checkout", str(ROOT)) for line in re.findall(r"^    (?=python|PYTHONPATH)(.*)$", PAGE, re.M)]
 
 
+@pytest.mark.slow
 def test_the_page(tmp_path):
     (tmp_path / "arcee.py").write_text(blocks("python"))
     (tmp_path / "use.py").write_text("import jax\nimport jaxmodels\n" + blocks("python-use") + COMPARE)

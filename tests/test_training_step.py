@@ -208,7 +208,9 @@ def test_rows_of_a_loss_in_chunks_over_a_mesh():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), call(*options), call(None, None))
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "muon", "adamw lora"])
+@pytest.mark.parametrize(
+    "name", ["adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "muon")), "adamw lora"]
+)
 def test_what_the_step_can_do_works_sharded(name):
     """Parts, chunks, clipping, other optimizers' states, adapters: the losses of one device, and no second program."""
     config = LlamaConfig(**{**SHAPE, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128})
