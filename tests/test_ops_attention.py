@@ -21,14 +21,13 @@ NAMES = ["eager", "xla", "xla in blocks"]
 
 @pytest.fixture
 def name(request, monkeypatch):
-    """Of an implementation; `in blocks` as for many logits."""
+    """Of an implementation; `in blocks` as for long texts."""
     if request.param.endswith("in blocks"):
         in_blocks(monkeypatch)
     return request.param.removesuffix(" in blocks")
 
 
 def in_blocks(monkeypatch):
-    monkeypatch.setattr("jaxmodels.ops.attention.MANY_LOGITS", 1)
     monkeypatch.setattr("jaxmodels.ops.attention_cpu.BLOCK", 4)
 
 

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmodels.ops.attention_cpu import by_head, in_blocks
+from jaxmodels.ops import attention_cpu
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
-MANY_LOGITS = 256 * 256  # of a head: with all heads of a batch, more than a CPU's caches hold
 
 
 def visible(q_positions: jax.Array, k_positions: jax.Array, window: int | None = None, causal: bool = True) -> jax.Array:
@@ -95,7 +94,7 @@ def xla(
     causal: bool = True,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """jax.nn.dot_product_attention, compiled by XLA; on one CPU our own, in blocks where there are many logits."""
+    """jax.nn.dot_product_attention, compiled by XLA; on one CPU our own, in blocks where texts are long."""
     mask = visible(q_positions, k_positions, window, causal)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -105,8 +104,7 @@ def xla(
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # XLA:CPU lacks some of the batched bfloat16 products in it
-        heads = partial(in_blocks if q.shape[1] * k.shape[1] >= MANY_LOGITS else by_head, mask, bias, scale)
-        run = heads if rules is None else attend
+        run = partial(attention_cpu.attend, mask, bias, scale) if rules is None else attend
         return run(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
 
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=attend), None

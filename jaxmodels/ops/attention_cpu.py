@@ -1,6 +1,6 @@
 """Dense attention for XLA:CPU, in float32: whole, or in blocks where the logits would not stay in its caches.
 
-Both take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
+All take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
 
 Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim, V value dim, Q a block's queries."""
 
@@ -15,6 +15,12 @@ from jax import lax
 
 BLOCK = 256
 LOWEST = jnp.finfo(jnp.float32).min
+
+
+def attend(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """In blocks where there is at least one of queries and one of keys, which would be filled up else."""
+    run = in_blocks if min(q.shape[1], k.shape[1]) >= BLOCK else by_head
+    return run(mask, bias, scale, q, k, v)
 
 
 def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
