@@ -155,11 +155,12 @@ def _columns(sequences: Sequences) -> tuple[Any, ...]:
 
 def _call(number: Any, tokens: Any, width: Any, length: Any, use: Callable[[Callable[..., Any], np.ndarray], Any], otherwise: Any) -> Any:
     """`use(function, input_ids)`, or `otherwise` once the function has failed."""
-    number = int(number)
+    # All in numpy: an operation of jax's in a callback may wait for the program that waits for the callback.
+    number, width = int(number), int(width)
     if number in _errors:
         return otherwise
     try:
-        return use(_functions[number], np.asarray(tokens)[:, int(width) - int(np.max(length)) : int(width)])
+        return use(_functions[number], np.asarray(tokens)[:, width - int(np.asarray(length).max()) : width])
     except BaseException as error:
         _errors[number] = error
         return otherwise
@@ -188,7 +189,7 @@ def _prefix(number: Any, tokens: Any, width: Any, length: Any, vocab: Any, beams
     shape = (tokens.shape[0], int(vocab))
 
     def use(function: Callable[..., Any], ids: np.ndarray) -> np.ndarray:
-        mask, lengths = np.zeros(shape, bool), np.broadcast_to(length, len(ids))
+        mask, lengths = np.zeros(shape, bool), np.broadcast_to(np.asarray(length), len(ids))
         for row in range(len(ids)):
             allowed = np.asarray(function(row // int(beams), ids[row, ids.shape[1] - int(lengths[row]) :]), np.int64).reshape(-1)
             if not len(allowed):
