@@ -205,6 +205,13 @@ def _check_processes(mesh: Mesh) -> None:
             f"the mesh {dict(mesh.shape)} has devices of process {', '.join(map(str, held))} of {count}, and this is process {own}: a mesh "
             "has devices of every process (make_mesh without devices=), or of this one alone (devices=jax.local_devices())"
         )
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if len(held) > 1 and mesh.devices.flat[0].platform == "cpu" and folder and jax.config.values["jax_enable_compilation_cache"]:
+        # Read back, XLA:CPU's programs have lost the order of their collectives: the processes meet in different ones and abort.
+        raise ValueError(
+            f"{count} processes on CPU with a compilation cache in {folder}: programs from it mix up their collectives; go on without it, "
+            "by JAX_ENABLE_COMPILATION_CACHE=false"
+        )
 
 
 def resolve_rules(rules: Rules | str | None, mesh: Mesh | None) -> Rules | None:

@@ -65,6 +65,10 @@ def refusals(directory, path, process):
         except Exception as error:
             told[name] = f"{type(error).__name__}: {error}"
 
+    jax.config.update("jax_compilation_cache_dir", f"{directory}/programs")
+    refused("cache", lambda: load(path, jm.make_mesh(data=8)))
+    jax.config.update("jax_compilation_cache_dir", None)
+    os.environ["JAXMODELS_COMPILATION_CACHE"] = f"{directory}/programs"  # nor does `generate` make one
     refused("mesh", lambda: load(path, jm.make_mesh(fsdp=8) if process else mesh))
     refused("rules", lambda: load(path, rules="fsdp" if process else "tensor"))
     refused("dtype", lambda: load(path, dtype="bfloat16" if process else "float32"))
@@ -141,6 +145,7 @@ def everything(process, directory, url):
     found["resumed"] = np.array(resumed(directory, model, state, step, optimizer))
     if process == 0:
         np.savez(f"{directory}/found.npz", **found)
+    assert not Path(directory, "programs").exists()
     Path(directory, f"told{process}.json").write_text(json.dumps({"told": told, "asked": asked, "held": held}))
 
 
