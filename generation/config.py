@@ -250,11 +250,11 @@ class GenerationConfig:
         return path
 
     def replace(self, **changes: Any) -> Self:
-        """With other values; TypeError names an unknown option and the closest known one."""
+        """With other values; ValueError, as in HF, names an unknown option and the closest known one."""
         for name in changes:
             if name not in FIELDS:
                 close = difflib.get_close_matches(name, FIELDS, 1)
-                raise TypeError(f"{name!r} is no option of generate{f'; did you mean {close[0]!r}?' if close else ''}")
+                raise ValueError(f"{name!r} is no option of generate{f'; did you mean {close[0]!r}?' if close else ''}")
         return dataclasses.replace(self, **changes)
 
     def filled(self, model_config: Any) -> Self:

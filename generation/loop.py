@@ -176,7 +176,7 @@ def generate(
 
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
-    Raises ValueError for bad options or input, TypeError for an unknown option, before anything is compiled."""
+    Raises ValueError for unknown or bad options and bad input, before anything is compiled."""
     config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
     if config.do_sample and not hasattr(key, "dtype"):
         raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")

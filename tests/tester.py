@@ -202,11 +202,13 @@ class FamilyChecks(VariantChecks):
         config = auto.AutoConfig.for_model(self.hf_config.model_type, **values)
         task = self.full_size_task or self.task
         cls = getattr(auto, task).class_for(config)
-        assert count_params(abstract_params(cls(config, scan_layers=True))) == count
+        model = cls(config, scan_layers=True)
+        params = abstract_params(model)
+        assert count_params(params) == count
         with torch.device("meta"):
             theirs = getattr(transformers, task).from_config(transformers.AutoConfig.for_model(self.hf_config.model_type, **values))
-        rules, prefix = auto.conversion_of(cls(config))
-        tree = unload(flatten(abstract_params(cls(config))), rules=rules, base_prefix=prefix)
+        rules, prefix = auto.conversion_of(model)
+        tree = unload(flatten(params), rules=rules, base_prefix=prefix)
         shapes = {key: tensor.shape for key, tensor in tree.items()}
         # transformers 5 fuses and renames in memory
         files = revert_weight_conversion(theirs, dict(theirs.named_parameters()) | stored_buffers(theirs))
