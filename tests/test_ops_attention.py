@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxmodels.cache import KV, Cache
 from jaxmodels.layers import attend, begin
+from jaxmodels.ops import attention_cpu
 from jaxmodels.ops.attention import IMPLEMENTATIONS, attention, register_attention, resolve_attention, visible
 
 # B, T, S, N, K, H: one row, one token, one head, groups, multiple queries per single kv head, odd sizes
@@ -16,19 +17,15 @@ SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 9, 3, 1, 7), (2, 5, 5, 4, 4, 10), (3, 1, 33
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
-NAMES = ["eager", "xla", "xla in blocks"]
+NAMES = ["eager", "xla", "xla long"]
 
 
 @pytest.fixture
 def name(request, monkeypatch):
-    """Of an implementation; `in blocks` as for long texts."""
-    if request.param.endswith("in blocks"):
-        in_blocks(monkeypatch)
-    return request.param.removesuffix(" in blocks")
-
-
-def in_blocks(monkeypatch):
-    monkeypatch.setattr("jaxmodels.ops.attention_cpu.BLOCK", 4)
+    """Of an implementation; `long` as for long texts: from 4 tokens on row by row, from 8 on in blocks."""
+    if request.param.endswith("long"):
+        monkeypatch.setattr(attention_cpu, "BLOCK", 4)
+    return request.param.removesuffix(" long")
 
 
 def inputs(B, T, S, N, K, H, dtype, seed=0):
@@ -191,8 +188,11 @@ def test_options(options, dtype, monkeypatch):
     values = {"causal": False, "window": 3, "softcap": 2.0, "bias": rng.normal(size=(1, 6, 5, 11)), "sinks": rng.normal(size=6)}
     asked = {name: jnp.asarray(values[name], jnp.float32) if name in ("bias", "sinks") else values[name] for name in options}
     got, _ = attention(q, k, v, qp, kp, **asked)
-    in_blocks(monkeypatch)
-    blocks, _ = attention(q, k, v, qp, kp, **asked)
+    found = [got]
+    monkeypatch.setattr(attention_cpu, "BLOCK", 4)
+    for run in (attention_cpu.by_row, attention_cpu.in_blocks):
+        monkeypatch.setattr(attention_cpu, "attend", run)
+        found.append(attention(q, k, v, qp, kp, **asked)[0])
     a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
     logits = np.einsum("btnh,bsnh->bnts", a, b) / np.sqrt(10)
     if "softcap" in options:
@@ -204,7 +204,7 @@ def test_options(options, dtype, monkeypatch):
     weights = np.where(seen, np.exp(logits), 0)
     extra = np.exp(values["sinks"])[:, None, None] if "sinks" in options else 0
     weights = weights / np.maximum(weights.sum(-1, keepdims=True) + extra, 1e-30)
-    for mine in (got, blocks):
+    for mine in found:
         check(mine, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
 
 

@@ -1,4 +1,4 @@
-"""Dense attention for XLA:CPU, in float32: whole, or in blocks where the logits would not stay in its caches.
+"""Dense attention for XLA:CPU, in float32: whole, a row at a time, or in blocks where a row's logits would not stay in its caches.
 
 All take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
 
@@ -18,9 +18,17 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """In blocks where there is at least one of queries and one of keys, which would be filled up else."""
-    run = in_blocks if min(q.shape[1], k.shape[1]) >= BLOCK else by_head
+    """In blocks where there are two of queries and of keys, a row at a time from one on."""
+    size = min(q.shape[1], k.shape[1])
+    run = in_blocks if size >= 2 * BLOCK else by_row if size >= BLOCK else by_head
     return run(mask, bias, scale, q, k, v)
+
+
+def by_row(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One row after another, computed again for the gradient: no more than a row's logits are in memory."""
+    bias = None if bias is None else jnp.broadcast_to(bias, (len(q), *bias.shape[1:]))
+    row = jax.checkpoint(lambda x: by_head(x[0], x[1], scale, *x[2:])[0])
+    return lax.map(row, jax.tree.map(lambda x: x[:, None], (mask, bias, q, k, v)))
 
 
 def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
