@@ -258,7 +258,7 @@ class FamilyTester(FamilyChecks, VariantTester):
         key = {"key": jax.random.key(0)} if "do_sample" in way else {}
         call = lambda *model: generate(*model, ids, mask, max_new_tokens=8, **parity.GREEDY | way, **key).sequences
         with parity_mode():
-            np.testing.assert_array_equal(call(model, params), call(*case.scanned))
+            np.testing.assert_array_equal(call(model, params), call(*case.loaded))
 
     def also(self, case, model, params):
         """Turns through the cache."""
