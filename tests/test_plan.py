@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmodels.cli.main import main
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.ops.moe import gated_mlp, mix_experts
 from jaxmodels.sharding import make_mesh
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
@@ -84,6 +85,9 @@ def test_flops():
     assert count_flops(lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w @ w.T @ w), x, w) == 3 * 2 * 3 * 8 * 16 * 32
     groups = jnp.array([3, 5])
     assert count_flops(lambda x, w: lax.ragged_dot(x, w, groups), x[0], jnp.ones((2, 16, 32))) == 2 * 8 * 16 * 32
+    share, experts = jnp.ones((8, 2)), {name: jnp.ones((4, 16, 16)) for name in ("gate_proj", "up_proj", "down_proj")}
+    mixed = lambda w, x: mix_experts(partial(gated_mlp, jnp.sin), w, x, share, jnp.array([[0, 1]] * 8)).sum()
+    assert count_flops(jax.grad(mixed, (0, 1)), experts, x[0]) == 3 * 3 * 2 * (8 * 2) * 16 * 16  # no product twice
     mesh = make_mesh(data=8)
     shard = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert count_flops(shard, jnp.ones((64, 16))) == 8 * 2 * 8 * 8 * 16
