@@ -14,10 +14,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxmodels.cache import cache_shardings, init_cache
 from jaxmodels.params import abstract_params, count_params
@@ -204,7 +206,8 @@ def plan(
         "microbatches": laid.microbatch_count,
     }  # fmt: skip
     try:
-        compiled = jitted.lower(*arguments).compile()
+        with _uncached():
+            compiled = jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -218,6 +221,19 @@ def plan(
         code=m.generated_code_size_in_bytes,
         program=analyse(compiled.as_text(), len(devices)),
     )
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's persistent cache, from which programs for chips that are not here cannot be read back."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # else JAX goes by what it found before
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 def preset_for(mesh: Mapping[str, int]) -> str:

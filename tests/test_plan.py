@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -135,10 +136,24 @@ def test_a_sweep_ranks_what_can_be(tmp_path, capsys, job):
         assert "the sizes must divide them" in capsys.readouterr().err
 
 
+@pytest.fixture
+def cached(tmp_path):
+    """Where JAX keeps programs, however small, meanwhile."""
+    options = {"jax_compilation_cache_dir": str(tmp_path / "programs"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield tmp_path / "programs"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
 @needs_libtpu
-def test_a_plan(tmp_path, capsys):
+def test_a_plan(tmp_path, capsys, cached):
     """Tensor-parallel decoding needs two all-reduces of [B, hidden] a layer and one for the split embedding, and no weight is gathered; the
-    command prints the same."""
+    command prints the same. A compilation cache keeps none of it, as it could not read it back."""
     found = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
     assert kinds(found.program, 8 * 256 * 2) == {("all-reduce", 4): 7}
     assert found.fits and found.program.unknown_loops == 1
@@ -146,6 +161,9 @@ def test_a_plan(tmp_path, capsys):
     arguments = ["--topology", "v5e:2x2", "--mesh", "tensor=-1", "--job", "decode", "--batch", "8", "--length", "256"]
     assert main(["plan", str(tmp_path / "config.json"), *arguments]) == 0
     assert "all-reduce over 4" in capsys.readouterr().out
+    assert not cached.exists()
+    jax.jit(lambda x: x * 2)(jnp.ones(3)).block_until_ready()
+    assert list(cached.iterdir())  # what runs here is kept as before
 
 
 @needs_libtpu
