@@ -172,7 +172,7 @@ def collated(examples, step):
     T = max(len(example["labels"]) for example in examples)
     wide = lambda name, fill: np.stack([np.pad(e[name], (0, T - len(e[name])), constant_values=fill) for e in examples])
     labels = wide("labels", -100)
-    kept = np.random.default_rng(step).random(labels.shape) < 0.7
+    kept = (np.random.default_rng(step).random(labels.shape) < 0.7) | (np.arange(T) == 1)
     return {"input_ids": wide("input_ids", 0), "attention_mask": labels != -100, "labels": np.where(kept, labels, -100)}
 
 
