@@ -56,6 +56,7 @@ class Plan:
     program: Program | None
     refused: str = ""  # the compiler's words where it found no room
     microbatches: int = 1  # of a pipeline
+    row_pieces: int = 1  # into which the mesh would cut the rows
 
     @property
     def chips(self) -> int:
@@ -121,6 +122,8 @@ class Plan:
             + (f", {self.microbatches} microbatches: stages idle {100 * self.bubble:.0f} % of the time" if self.bubble else ""),
             f"parameters   {self.parameters:,}",
         ]
+        if self.batch % self.row_pieces:
+            lines.append(f"rows         {self.batch} are no multiple of {self.row_pieces}: every chip computes all of them")
         if self.refused:
             return "\n".join([*lines, f"does NOT fit: {self.refused}"])
         lines += [
@@ -203,7 +206,7 @@ def plan(
     shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": chip, "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
-        "microbatches": laid.microbatch_count,
+        "microbatches": laid.microbatch_count, "row_pieces": laid.row_pieces,
     }  # fmt: skip
     try:
         with _uncached():

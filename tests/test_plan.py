@@ -171,8 +171,9 @@ def test_what_does_not_fit_is_a_plan_too(capsys):
     build = partial(plan, LLAMA_70B, topology="v5e:2x2", mesh={"tensor": 4}, job="decode")
     found = build(batch=1, length=256)
     assert not found.fits and "does NOT fit" in str(found)
-    small = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
+    small = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"data": 4}, job="decode", batch=6, length=256)
     assert rank([found, small])[0] is small
+    assert "6 are no multiple of 4: every chip computes all of them" in str(small) and "multiple" not in str(found)
 
 
 @needs_libtpu
