@@ -201,7 +201,7 @@ def generate(
         T = ids.shape[1]
         limit = _new_tokens(config, T, model.config)
         if together:
-            drawn = _hash(to_host(jax.random.key_data(key))) if config.do_sample else None
+            drawn = _hash(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
             prompts = {"input_ids and attention_mask (hash)": _hash(ids, real), "of the encoder (hash)": _hash(*(source or ()))}
             agree("generate", **prompts, **{"key (hash)": drawn}, streamer=streamer is not None, **config.to_dict())
         deadline = None if config.max_time is None else time.perf_counter() + config.max_time

@@ -209,7 +209,7 @@ def from_pretrained(
     from jaxmodels.convert.files import read_checkpoint
     from jaxmodels.convert.hub import weights_at
     from jaxmodels.convert.load import load
-    from jaxmodels.sharding.processes import agree, described, lockstep, over_all, spans, telling
+    from jaxmodels.sharding.processes import agree, described, lockstep, over_all, spans, telling, to_host
     from jaxmodels.sharding.rules import resolve_rules
 
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
@@ -218,6 +218,8 @@ def from_pretrained(
     if placing is not None and spans(placing):
         fields = {name: value for name, value in options.items() if name not in hub}
         asked = {"task": task.__name__, "dtype": str(dtype), "compute_dtype": str(compute_dtype), "scan_layers": scan_layers}
+        asked |= {"remat": remat, "attn_implementation": attn_implementation}
+        asked["key"] = None if key is None else to_host(jax.random.key_data(key)).tolist()
         agree(
             "from_pretrained",
             path=str(path),

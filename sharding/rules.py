@@ -136,10 +136,9 @@ class Rules:
 
     def check_axes(self, carried: Iterable[str | None]) -> None:
         """ValueError where the rules place a logical axis that is neither usual nor, perhaps after `act_`, one that parameters carry."""
-        known = {*LOGICAL_AXES, *(name for axis in carried for name in (axis, f"act_{axis}"))}
+        known = {*LOGICAL_AXES, *(name for axis in carried if axis for name in (axis, f"act_{axis}"))}
         if unknown := {axis for axis, _ in self._lines()} - known:
-            usual = sorted(known - {None, "act_None"})
-            raise ValueError(f"the rules place the axes {sorted(unknown)}, which no parameter has; there are {', '.join(usual)}")
+            raise ValueError(f"the rules place the axes {sorted(unknown)}, which no parameter has; there are {', '.join(sorted(known))}")
 
     def of(self, role: str) -> Rules:
         """The rules by which `params`, `gradients` or the `optimizer`'s state live."""

@@ -81,6 +81,7 @@ def refusals(directory, path, process):
     refused("option", lambda: jm.generate(model, params, PROMPTS, max_new_tokens=-1 if process == 1 else 2))
     refused("key", lambda: jm.generate(model, params, PROMPTS, max_new_tokens=2, do_sample=True, key=jax.random.key(process)))
     refused("preset", lambda: load(path, rules="fdsp" if process == 1 else "fsdp"))
+    refused("head's key", lambda: load(path, key=jax.random.key(process)))
     refused("size", lambda: jm.save_pretrained(f"{directory}/saved", model, params, max_shard_size="5QB" if process == 1 else "5GB"))
     wide = {"input_ids": np.ones((4, 12 + process), np.int32)}
     refused("shapes", lambda: global_batch(jm.Rules.preset("replicated", mesh), wide))

@@ -60,6 +60,7 @@ TOLD = {  # what every process is told
     "option": "max_new_tokens is -1",
     "key": r"generate: the processes disagree.*\n.*key \(hash\)",
     "preset": "sharding preset 'fdsp' is not known",
+    "head's key": r"from_pretrained: the processes disagree.*\n  key: \[0, 0\] on process 0; \[0, 1\] on process 1",
     "size": "max_shard_size '5QB'",
     "shapes": r"global_batch: the processes disagree.*\n.*int32\[4, 12\]\S* on process 0; \S*int32\[4, 13\]\S* on process 1",
     "rate": r"train: the processes disagree, each .*:\n  learning_rate: 0.1 on process 0; 0.2 on process 1[^\n]*$",
