@@ -304,16 +304,17 @@ def write_checkpoint(
     from tqdm import tqdm
 
     from jaxmodels.convert.sharded import digest, replacing_together, write_parts
-    from jaxmodels.sharding.processes import agree, lockstep
+    from jaxmodels.sharding.processes import agree, lockstep, telling
 
-    if not tensors:
-        raise CheckpointError(f"{directory}: no tensors to write")
-    local_directory(directory)
-    if variant and not consolidate:
-        raise CheckpointError(f"{directory}: files of parts have no variant, found variant={variant!r}")
-    keys_of, index = _split(directory, tensors, max_shard_size, variant, fqn_to_index_mapping)
-    if together:
-        agree("save", path=str(directory), consolidate=consolidate, files=dict(keys_of), **{"the tensors (hash)": digest(tensors)})
+    with telling(f"saving {directory}", together):
+        if not tensors:
+            raise CheckpointError(f"{directory}: no tensors to write")
+        local_directory(directory)
+        if variant and not consolidate:
+            raise CheckpointError(f"{directory}: files of parts have no variant, found variant={variant!r}")
+        keys_of, index = _split(directory, tensors, max_shard_size, variant, fqn_to_index_mapping)
+        if together:
+            agree("save", path=str(directory), consolidate=consolidate, files=dict(keys_of), **{"the tensors (hash)": digest(tensors)})
     numbers = {key: number for number, keys in enumerate(keys_of.values(), 1) for key in keys}
     process, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
     hidden = True if progress is None and process else quiet(progress)  # one bar for all processes

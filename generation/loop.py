@@ -177,46 +177,47 @@ def generate(
     Under jax.jit the model, max_new_tokens and do_sample are static, and sequences always have max_new_tokens new columns.
 
     Raises ValueError for unknown or bad options and bad input, before anything is compiled."""
-    config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
-    if config.do_sample and not hasattr(key, "dtype"):
-        raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
-    check(config, model.config, streamer)
-    drafter = build_drafter(config, model, params, assistant_model, (tokenizer, assistant_tokenizer), cache)
-    if config.output_hidden_states or config.output_attentions:
-        check_states(cache)
-    kept = _kept(config, cache)
-    if config.token_healing:
-        again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
-        input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
-    source = None
-    if model.config.is_encoder_decoder:
-        if cache is None:
-            source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
-        input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
-    given = jax.tree.leaves((params, input_ids, attention_mask))
+    given = jax.tree.leaves((params, input_ids, attention_mask, key))
     together = spans(model.rules) and not any(isinstance(x, jax.core.Tracer) for x in given)
     with telling("generate", together):
+        config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
+        if config.do_sample and not hasattr(key, "dtype"):
+            raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")
+        check(config, model.config, streamer)
+        drafter = build_drafter(config, model, params, assistant_model, (tokenizer, assistant_tokenizer), cache)
+        if config.output_hidden_states or config.output_attentions:
+            check_states(cache)
+        kept = _kept(config, cache)
+        if config.token_healing:
+            again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
+            input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
+        source = None
+        if model.config.is_encoder_decoder:
+            if cache is None:
+                source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
+            input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
         ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
-    traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
-    T = ids.shape[1]
-    limit = _new_tokens(config, T, model.config)
-    if together:
-        rows = hashlib.sha256(str(ids.shape).encode() + ids.tobytes() + real.tobytes()).hexdigest()
-        agree("generate", **{"input_ids and attention_mask (hash)": rows}, streamer=streamer is not None, **config.to_dict())
-    deadline = None if config.max_time is None else time.perf_counter() + config.max_time
-    if traced and deadline is not None:
-        raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
-    beams: int = config.num_beams  # type: ignore[assignment]  # filled
-    negative = None
-    if config.guidance_scale not in (None, 1.0):
-        negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
-    criteria = stopping_criteria
-    if deadline is not None and beams > 1:
-        criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
-    called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams, traced)
-    stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
-    if grammar is not None:
-        stops = (grammar, *stops)
+        traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
+        T = ids.shape[1]
+        limit = _new_tokens(config, T, model.config)
+        if together:
+            drawn = _hash(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
+            prompts = {"input_ids and attention_mask (hash)": _hash(ids, real), "of the encoder (hash)": _hash(*(source or ()))}
+            agree("generate", **prompts, **{"key (hash)": drawn}, streamer=streamer is not None, **config.to_dict())
+        deadline = None if config.max_time is None else time.perf_counter() + config.max_time
+        if traced and deadline is not None:
+            raise ValueError("max_time is watched from the host: it cannot be used inside jax.jit")
+        beams: int = config.num_beams  # type: ignore[assignment]  # filled
+        negative = None
+        if config.guidance_scale not in (None, 1.0):
+            negative = negative_prompt(ids, real, negative_prompt_ids, negative_prompt_attention_mask, model.config.vocab_size, cache)
+        criteria = stopping_criteria
+        if deadline is not None and beams > 1:
+            criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
+        called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams, traced)
+        stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
+        if grammar is not None:
+            stops = (grammar, *stops)
     enable_compilation_cache()
 
     if isinstance(cache, TurnCache):
@@ -445,6 +446,10 @@ def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab
         if not ready.all():
             raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
     return ids.astype(np.int32), real
+
+
+def _hash(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in arrays)).hexdigest()
 
 
 def _kept(config: GenerationConfig, cache: Cache | None) -> Any:

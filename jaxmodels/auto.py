@@ -209,13 +209,17 @@ def from_pretrained(
     from jaxmodels.convert.files import read_checkpoint
     from jaxmodels.convert.hub import weights_at
     from jaxmodels.convert.load import load
-    from jaxmodels.sharding.processes import agree, described, lockstep, spans
+    from jaxmodels.sharding.processes import agree, described, lockstep, over_all, spans, telling, to_host
     from jaxmodels.sharding.rules import resolve_rules
 
-    placing, hub = resolve_rules(rules, mesh), {name: options[name] for name in HUB_OPTIONS if name in options}
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    with telling("from_pretrained", over_all(mesh)):
+        placing = resolve_rules(rules, mesh)
     if placing is not None and spans(placing):
         fields = {name: value for name, value in options.items() if name not in hub}
         asked = {"task": task.__name__, "dtype": str(dtype), "compute_dtype": str(compute_dtype), "scan_layers": scan_layers}
+        asked |= {"remat": remat, "attn_implementation": attn_implementation}
+        asked["key"] = None if key is None else to_host(jax.random.key_data(key)).tolist()
         agree(
             "from_pretrained",
             path=str(path),
@@ -278,13 +282,15 @@ def save_pretrained(
     fqn_to_index_mapping: {key in the file: number of its file, from 1}, in place of max_shard_size."""
     from jaxmodels.convert.files import write_checkpoint
     from jaxmodels.convert.load import unload
-    from jaxmodels.sharding.processes import spread
+    from jaxmodels.sharding.processes import spread, telling
 
-    rules, prefix = conversion_of(model)
-    tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
-    files = json_files(model, tensors, generation_config)
+    together = spread(params)
+    with telling(f"saving {path}", together):
+        rules, prefix = conversion_of(model)
+        tensors = unload(flatten(params), rules=rules, base_prefix=prefix)
+        files = json_files(model, tensors, generation_config)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "variant": variant, "progress": progress}
-    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": spread(params)}
+    options |= {"fqn_to_index_mapping": fqn_to_index_mapping, "consolidate": consolidate, "together": together}
     write_checkpoint(path, tensors, files=files, **options)
 
 

@@ -51,6 +51,8 @@ def abstract_params(model: Any, dtype: Any = jnp.float32) -> Tree:
     """Shapes and dtypes of every parameter as jax.ShapeDtypeStruct, with shardings when the model has rules. Allocates nothing."""
     boxed = _abstract(model)
     shapes, axes = flatten(nn.unbox(boxed)), flatten(_axes(boxed))
+    if model.rules is not None:
+        model.rules.check_axes({axis for names in axes.values() for axis in names})
 
     def leaf(key: str) -> jax.ShapeDtypeStruct:
         shape = shapes[key].shape

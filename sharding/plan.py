@@ -14,10 +14,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxmodels.cache import cache_shardings, init_cache
 from jaxmodels.params import abstract_params, count_params
@@ -54,6 +56,7 @@ class Plan:
     program: Program | None
     refused: str = ""  # the compiler's words where it found no room
     microbatches: int = 1  # of a pipeline
+    row_pieces: int = 1  # into which the mesh would cut the rows
 
     @property
     def chips(self) -> int:
@@ -119,6 +122,8 @@ class Plan:
             + (f", {self.microbatches} microbatches: stages idle {100 * self.bubble:.0f} % of the time" if self.bubble else ""),
             f"parameters   {self.parameters:,}",
         ]
+        if self.batch % self.row_pieces:
+            lines.append(f"rows         {self.batch} are no multiple of {self.row_pieces}: every chip computes all of them")
         if self.refused:
             return "\n".join([*lines, f"does NOT fit: {self.refused}"])
         lines += [
@@ -201,10 +206,11 @@ def plan(
     shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": chip, "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
-        "microbatches": laid.microbatch_count,
+        "microbatches": laid.microbatch_count, "row_pieces": laid.row_pieces,
     }  # fmt: skip
     try:
-        compiled = jitted.lower(*arguments).compile()
+        with _uncached():
+            compiled = jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -218,6 +224,19 @@ def plan(
         code=m.generated_code_size_in_bytes,
         program=analyse(compiled.as_text(), len(devices)),
     )
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's persistent cache, from which programs for chips that are not here cannot be read back."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # else JAX goes by what it found before
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 def preset_for(mesh: Mapping[str, int]) -> str:

@@ -8,6 +8,7 @@ Axis letters: B rows of a batch, b those of this process."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -27,11 +28,16 @@ class ProcessError(RuntimeError):
     """Another process failed; says which and how."""
 
 
-def spans(rules: Rules | None) -> bool:
-    """Whether the mesh has devices of every process of several, so that all of them make the same calls."""
-    if rules is None or jax.process_count() == 1:
+def over_all(mesh: Any) -> bool:
+    """Whether a mesh has devices of every process of several, so that all of them make the same calls."""
+    if not isinstance(mesh, Mesh) or jax.process_count() == 1:
         return False
-    return len({device.process_index for device in rules.mesh.devices.flat}) == jax.process_count()
+    return len({device.process_index for device in mesh.devices.flat}) == jax.process_count()
+
+
+def spans(rules: Rules | None) -> bool:
+    """`over_all` of the mesh of rules."""
+    return rules is not None and over_all(rules.mesh)
 
 
 def spread(tree: Any) -> bool:
@@ -168,14 +174,23 @@ def process_share(rules: Rules | None) -> tuple[int, int]:
 
 def global_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """{name: this process' rows [b, …], a host array} as arrays [B, …] over the mesh: rows, as `process_rows` gives them, over the axes of
-    `batch`, the second of two axes over those of `seq`."""
-    _, shares = process_share(rules)
+    `batch`, the second of two axes over those of `seq`.
 
-    def one(rows: Any) -> jax.Array:
-        rows = np.asarray(rows)
+    ValueError where the rows do not fill the mesh, or, of the first batch of its shapes, where another process has others."""
+    _, shares = process_share(rules)
+    arrays = {name: np.asarray(rows) for name, rows in batch.items()}
+    if spans(rules):
+        _agree_on_shapes(rules, tuple((name, f"{rows.dtype}{list(rows.shape)}") for name, rows in arrays.items()))
+
+    def one(rows: np.ndarray) -> jax.Array:
         shape = (len(rows) * shares, *rows.shape[1:])
         _check_rows(rules, shape[0])
         axes = ("batch", "seq") if rows.ndim == 2 else ("batch", *[None] * (rows.ndim - 1))
         return jax.make_array_from_process_local_data(rules.sharding(axes, shape), rows, shape)
 
-    return {name: one(rows) for name, rows in batch.items()}
+    return {name: one(rows) for name, rows in arrays.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _agree_on_shapes(rules: Rules, shapes: tuple[tuple[str, str], ...]) -> None:
+    agree("global_batch", **dict(shapes))

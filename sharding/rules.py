@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -46,6 +47,8 @@ PRESETS: dict[str, Table] = {
 }
 
 
+LOGICAL_AXES = {axis for table in PRESETS.values() for axis, _ in table}
+
 SPLIT = {
     "zero1": {"optimizer": _STACKED},
     "zero2": {"optimizer": _STACKED, "gradients": _STACKED},
@@ -58,9 +61,12 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     Devices of several TPU slices are laid out so that the first axis (stage or data, by habit) crosses the slower network between
     slices and every other axis stays inside one. ValueError when the sizes do not fit."""
     devices = jax.devices() if devices is None else list(devices)
-    known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or known < 1 or len(devices) % known or (not free and known != len(devices)):
+    fixed = [size for size in sizes.values() if size != -1]
+    if any(isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1 for size in fixed):
+        raise ValueError(f"mesh sizes {sizes}: expected whole numbers from 1, or -1 for what is left")
+    known = math.prod(fixed)
+    if len(free) > 1 or not devices or len(devices) % known or (not free and known != len(devices)):
         raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices: the sizes must multiply to that number, at most one may be -1")
     sizes |= dict.fromkeys(free, len(devices) // known)
     shape = tuple(sizes.values())
@@ -95,10 +101,8 @@ class Rules:
     around: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.mesh, Mesh):
-            _check_processes(self.mesh)
-        tables = (self.table, self.optimizer or (), self.gradients or ())
-        unknown = {m for table in tables for _, wanted in table for m in wanted} - {*MESH_AXES, *self.mesh.shape}
+        _check_mesh(self.mesh)
+        unknown = {m for _, wanted in self._lines() for m in wanted} - {*MESH_AXES, *self.mesh.shape}
         if unknown:
             raise ValueError(
                 f"the rules name mesh axes {sorted(unknown)}; the mesh has {list(self.mesh.shape)}, usual are {', '.join(MESH_AXES)}"
@@ -111,7 +115,8 @@ class Rules:
 
     @classmethod
     def preset(cls, name: str, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None) -> Rules:
-        if name not in PRESETS:
+        _check_mesh(mesh)
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"sharding preset {name!r} is not known; known are {', '.join(PRESETS)}")
         unknown = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in MESH_AXES]
         if unknown:
@@ -121,6 +126,19 @@ class Rules:
             )
         split = SPLIT.get(name, {})
         return cls(mesh, PRESETS[name], split.get("optimizer"), split.get("gradients"), microbatches)
+
+    def _lines(self) -> list[tuple[str, tuple[str, ...]]]:
+        lines = [line for table in (self.table, self.optimizer, self.gradients) for line in table or ()]
+        for line in lines:
+            if not (isinstance(line, tuple) and len(line) == 2 and isinstance(line[1], tuple)):
+                raise ValueError(f'the rules have {line!r}: expected lines such as ("embed", ("fsdp",)), a logical axis and its mesh axes')
+        return lines
+
+    def check_axes(self, carried: Iterable[str | None]) -> None:
+        """ValueError where the rules place a logical axis that is neither usual nor, perhaps after `act_`, one that parameters carry."""
+        known = {*LOGICAL_AXES, *(name for axis in carried if axis for name in (axis, f"act_{axis}"))}
+        if unknown := {axis for axis, _ in self._lines()} - known:
+            raise ValueError(f"the rules place the axes {sorted(unknown)}, which no parameter has; there are {', '.join(sorted(known))}")
 
     def of(self, role: str) -> Rules:
         """The rules by which `params`, `gradients` or the `optimizer`'s state live."""
@@ -192,6 +210,16 @@ class Rules:
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh={mesh!r}: expected a mesh as jaxmodels.make_mesh(fsdp=4, tensor=2) makes it")
+    if AxisType.Explicit in (mesh.axis_types or ()):
+        sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise ValueError(f"the mesh has axes of AxisType.Explicit, as jax.make_mesh makes them: make it by jaxmodels.make_mesh({sizes})")
+    if isinstance(mesh, Mesh):
+        _check_processes(mesh)
 
 
 @functools.cache

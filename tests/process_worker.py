@@ -78,6 +78,22 @@ def refusals(directory, path, process):
     refused("missing", lambda: load("broken"))
     refused("prompt", lambda: jm.generate(model, params, np.where(PROMPTS[0, 0] == PROMPTS, process, PROMPTS), max_new_tokens=2))
     refused("ids", lambda: jm.generate(model, params, PROMPTS + 96 * (process == 1), max_new_tokens=2))
+    refused("option", lambda: jm.generate(model, params, PROMPTS, max_new_tokens=-1 if process == 1 else 2))
+    refused("key", lambda: jm.generate(model, params, PROMPTS, max_new_tokens=2, do_sample=True, key=jax.random.key(process)))
+    refused("preset", lambda: load(path, rules="fdsp" if process == 1 else "fsdp"))
+    refused("head's key", lambda: load(path, key=jax.random.key(process)))
+    refused("size", lambda: jm.save_pretrained(f"{directory}/saved", model, params, max_shard_size="5QB" if process == 1 else "5GB"))
+    wide = {"input_ids": np.ones((4, 12 + process), np.int32)}
+    refused("shapes", lambda: global_batch(jm.Rules.preset("replicated", mesh), wide))
+    examples = [{"input_ids": row, "labels": row} for row in BATCHES[0]]
+
+    def train(examples, resume=None, **options):
+        arguments = jm.TrainingArguments(f"{directory}/trained", max_steps=1, save_strategy="no", disable_tqdm=process == 0, **options)
+        jm.Trainer(model, params, arguments, train_dataset=examples).train(resume)
+
+    refused("rate", lambda: train(examples, learning_rate=0.1 * (process + 1)))
+    refused("examples", lambda: train(examples[: len(examples) - process]))
+    refused("resume", lambda: train(examples, resume=process == 1))
     refused("target", lambda: jm.save_pretrained(f"{directory}/saved{process}", model, params))
     jm.save_pretrained(f"{directory}/kept", model, params)
     before = {file.name: file.read_bytes() for file in Path(directory, "kept").iterdir()}
@@ -152,15 +168,25 @@ def everything(process, directory, url):
 TRAINER = {"tensor across processes": {"tensor": 2, "fsdp": 2}, "rows across processes": {"fsdp": 2, "tensor": 2}}
 
 
+def collated(examples, step):
+    """Rows as wide as the longest of the batch, and labels that are left out by lot."""
+    T = max(len(example["labels"]) for example in examples)
+    wide = lambda name, fill: np.stack([np.pad(e[name], (0, T - len(e[name])), constant_values=fill) for e in examples])
+    labels = wide("labels", -100)
+    kept = (np.random.default_rng(step).random(labels.shape) < 0.7) | (np.arange(T) == 1)
+    return {"input_ids": wide("input_ids", 0), "attention_mask": labels != -100, "labels": np.where(kept, labels, -100)}
+
+
 def trained(directory, path, mesh):
-    """The losses of two epochs of 13 examples, what the model then generates for 11, and its log-probabilities for 5 pairs."""
+    """The losses of two epochs of 13 ragged examples, what the model then generates for 11, and its log-probabilities for 5 pairs."""
     model, params = jm.AutoModelForCausalLM.from_pretrained(path, mesh=jm.make_mesh(jax.devices()[:4], **mesh))
     rng = np.random.default_rng(3)
     rows = [{"input_ids": row, "labels": row} for row in rng.integers(3, 97, (13, 12)).astype(np.int32)]
+    ragged = [{name: row[: 12 - 3 * (i % 4)] for name, row in example.items()} for i, example in enumerate(rows)]
     options = {"num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
     options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "all"}
     options |= {"predict_with_generate": True, "generation_max_length": 16}
-    trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), train_dataset=rows)
+    trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), collated, train_dataset=ragged)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     predicted = trainer.predict(rows[:11])

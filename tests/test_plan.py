@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cli.main import main
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.ops.moe import gated_mlp, mix_experts
 from jaxmodels.sharding import make_mesh
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
@@ -84,6 +86,9 @@ def test_flops():
     assert count_flops(lambda x, w: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w @ w.T @ w), x, w) == 3 * 2 * 3 * 8 * 16 * 32
     groups = jnp.array([3, 5])
     assert count_flops(lambda x, w: lax.ragged_dot(x, w, groups), x[0], jnp.ones((2, 16, 32))) == 2 * 8 * 16 * 32
+    share, experts = jnp.ones((8, 2)), {name: jnp.ones((4, 16, 16)) for name in ("gate_proj", "up_proj", "down_proj")}
+    mixed = lambda w, x: mix_experts(partial(gated_mlp, jnp.sin), w, x, share, jnp.array([[0, 1]] * 8)).sum()
+    assert count_flops(jax.grad(mixed, (0, 1)), experts, x[0]) == 3 * 3 * 2 * (8 * 2) * 16 * 16  # no product twice
     mesh = make_mesh(data=8)
     shard = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert count_flops(shard, jnp.ones((64, 16))) == 8 * 2 * 8 * 8 * 16
@@ -131,10 +136,24 @@ def test_a_sweep_ranks_what_can_be(tmp_path, capsys, job):
         assert "the sizes must divide them" in capsys.readouterr().err
 
 
+@pytest.fixture
+def cached(tmp_path):
+    """Where JAX keeps programs, however small, meanwhile."""
+    options = {"jax_compilation_cache_dir": str(tmp_path / "programs"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield tmp_path / "programs"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
 @needs_libtpu
-def test_a_plan(tmp_path, capsys):
+def test_a_plan(tmp_path, capsys, cached):
     """Tensor-parallel decoding needs two all-reduces of [B, hidden] a layer and one for the split embedding, and no weight is gathered; the
-    command prints the same."""
+    command prints the same. A compilation cache keeps none of it, as it could not read it back."""
     found = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
     assert kinds(found.program, 8 * 256 * 2) == {("all-reduce", 4): 7}
     assert found.fits and found.program.unknown_loops == 1
@@ -142,6 +161,9 @@ def test_a_plan(tmp_path, capsys):
     arguments = ["--topology", "v5e:2x2", "--mesh", "tensor=-1", "--job", "decode", "--batch", "8", "--length", "256"]
     assert main(["plan", str(tmp_path / "config.json"), *arguments]) == 0
     assert "all-reduce over 4" in capsys.readouterr().out
+    assert not cached.exists()
+    jax.jit(lambda x: x * 2)(jnp.ones(3)).block_until_ready()
+    assert list(cached.iterdir())  # what runs here is kept as before
 
 
 @needs_libtpu
@@ -149,8 +171,9 @@ def test_what_does_not_fit_is_a_plan_too(capsys):
     build = partial(plan, LLAMA_70B, topology="v5e:2x2", mesh={"tensor": 4}, job="decode")
     found = build(batch=1, length=256)
     assert not found.fits and "does NOT fit" in str(found)
-    small = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=8, length=256)
+    small = plan(LlamaConfig(**TINY), topology="v5e:2x2", mesh={"data": 4}, job="decode", batch=6, length=256)
     assert rank([found, small])[0] is small
+    assert "6 are no multiple of 4: every chip computes all of them" in str(small) and "multiple" not in str(found)
 
 
 @needs_libtpu

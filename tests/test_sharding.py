@@ -14,8 +14,14 @@ def mesh():
 
 def test_mesh_takes_what_is_left(mesh):
     assert dict(mesh.shape) == {"fsdp": 2, "tensor": 4}
-    with pytest.raises(ValueError, match="does not fit 8 devices"):
-        make_mesh(fsdp=3, tensor=-1)
+    for sizes in ({"fsdp": 3, "tensor": -1}, {"fsdp": -1, "tensor": -1}, {"fsdp": 4}):
+        with pytest.raises(ValueError, match="does not fit 8 devices"):
+            make_mesh(**sizes)
+    for size in (0, -2, 2.0, "8", None):
+        with pytest.raises(ValueError, match="expected whole numbers from 1, or -1"):
+            make_mesh(fsdp=size, tensor=-4 if size == -2 else 2)
+    with pytest.raises(ValueError, match="does not fit 0 devices"):
+        make_mesh([], fsdp=-1)
 
 
 def test_heads_are_cut_whole(mesh):
@@ -67,6 +73,21 @@ def test_unknown_mesh_axes_are_refused(mesh):
         Rules(mesh, (("heads", ("tensro",)),))
     with pytest.raises(ValueError, match=r"no preset knows the mesh axes \['tensro'\]"):
         Rules.preset("tensor", make_mesh(fsdp=2, tensro=4))
+
+
+def test_what_is_no_mesh_and_no_table(mesh):
+    for other in (8, {"fsdp": 8}, jax.devices()):
+        with pytest.raises(ValueError, match=r"expected a mesh as jaxmodels\.make_mesh"):
+            resolve_rules(None, other)
+    with pytest.raises(ValueError, match=r"make it by jaxmodels.make_mesh\(fsdp=4, tensor=2\)"):
+        resolve_rules("fsdp", jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2))
+    for table in ({"embed": ("fsdp",)}, (("embed", "fsdp"),), (("embed", None),)):
+        with pytest.raises(ValueError, match="expected lines such as"):
+            Rules(mesh, table)
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    Rules(mesh, (("state", ("fsdp",)), ("act_state", ("fsdp",)))).check_axes(["state"])  # a family's own
+    with pytest.raises(ValueError, match=r"the rules place the axes \['embd'\], which no parameter has; there are act_embed, .* vocab"):
+        explain(LlamaForCausalLM(config), rules=Rules(mesh, (("embd", ("fsdp",)), ("mlp", ("tensor",)))))
 
 
 def test_several_slices():

@@ -198,7 +198,11 @@ def _ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _ragged_dot_backward(saved: tuple, dy: jax.Array) -> tuple:
-    pull = lambda x, weight, sizes, dy: jax.vjp(lambda x, weight: _plain_ragged_dot(x, weight, sizes), x, weight)[1](dy)
+    def pull(x: jax.Array, weight: jax.Array, sizes: jax.Array, dy: jax.Array) -> tuple:
+        (dx,) = jax.linear_transpose(lambda x: _plain_ragged_dot(x, weight, sizes), x)(dy)
+        (dweight,) = jax.linear_transpose(lambda weight: _plain_ragged_dot(x, weight, sizes), weight)(dy)
+        return dx, dweight
+
     return *sequential_vmap(pull)(*saved, dy), np.zeros(saved[2].shape, jax.dtypes.float0)
 
 

@@ -90,9 +90,9 @@ def example_lengths(dataset: Any, column: str) -> list[int]:
 class Dataset:
     """Batches of `rows` of a dataset with a length, epoch by epoch: an order that depends on the seed and the epoch alone.
 
-    Over several processes each makes the rows of a batch that its devices hold under the rules. What an epoch leaves over is a batch of
-    the same shape whose other rows do not count, where labels can say so, else a smaller batch. part: rows of one part of an accumulated
-    batch."""
+    Over several processes each collates the whole batch, so that all pad it to one length and draw the same, and keeps the rows that its
+    devices hold under the rules. What an epoch leaves over is a batch of the same shape whose other rows do not count, where labels can say
+    so, else a smaller batch. part: rows of one part of an accumulated batch."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Dataset:
         first = self.piece * per
         mine = padded[first : first + per]
         real = max(0, min(per, len(numbers) - first))
-        arrays = self.collate(mine)
+        arrays = {name: array[first : first + per] for name, array in self.collate(padded).items()}
         if real < per and not can_mask(arrays, self.labels):
             if jax.process_count() > 1:
                 raise ValueError("the last batch of the epoch cannot be padded, as its labels cannot be left out: set dataloader_drop_last")
@@ -168,8 +168,7 @@ class Dataset:
                     f"an example has {', '.join(self.dataset[int(numbers[0])])}, nothing of which the model takes; "
                     "remove_unused_columns=False keeps them for the collator"
                 )
-        # each share of the rows has draws of its own
-        step = {"step": self.number * self.pieces + self.piece} if draws(self.collator) else {}
+        step = {"step": self.number} if draws(self.collator) else {}
         return {name: np.asarray(value) for name, value in self.collator(examples, **step).items()}
 
     def share(self, max_steps: int) -> float:

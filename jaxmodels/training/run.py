@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.sharding.processes import agree, described, spans
 from jaxmodels.training.batches import Batch, Dataset, Stream, put
 from jaxmodels.training.callbacks import TrainerState, best_metric
 from jaxmodels.training.checkpoints import Checkpoints, checkpoints_in, describe, get_last_checkpoint, restore
@@ -28,6 +29,7 @@ from jaxmodels.training.meter import Meter, input_tokens
 from jaxmodels.training.step import TrainState, create_train_state
 from jaxmodels.training.trainable import merge, split
 
+SHOWING = ("disable_tqdm", "report_to", "run_name")  # arguments in which processes may differ
 PREEMPTED = 143  # the exit code after SIGTERM: 128 + 15, as a shell reports a process that the signal ended
 
 
@@ -84,6 +86,10 @@ class Run:
         path = self._resumed(resume)
         self.source = trainer.train_source()
         self.max_steps, self.epochs = lengths(self.args, self.source)
+        if spans(self.model.rules):
+            asked = {name: value for name, value in self.args.to_dict().items() if name not in SHOWING}
+            asked |= {"max_steps": self.max_steps, "optimizer": trainer.optimizer_name, "resume_from_checkpoint": path}
+            agree("train", **asked, **described(self.model.rules))
         self.optimizer, self.schedule = trainer.create_optimizer_and_scheduler(self.max_steps)
         self.key = jax.random.key(self.args.seed)
         self.state: TrainState = create_train_state(self.model, self.optimizer, trainer.params, frozen=trainer.frozen)

@@ -22,6 +22,7 @@ from jaxmodels.auto import save_pretrained
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.ops.loss import LossOptions
 from jaxmodels.params import flatten, unflatten
+from jaxmodels.sharding.processes import agree, lockstep, spans, telling
 from jaxmodels.training.arguments import Seq2SeqTrainingArguments, TrainingArguments
 from jaxmodels.training.batches import Collator, Dataset, Stream, batch_devices, inputs_of, label_names_of
 from jaxmodels.training.callbacks import REPORTERS, CallbackHandler, DefaultFlowCallback, ProgressCallback, TrainerControl, TrainerState
@@ -187,7 +188,12 @@ class Trainer:
                 raise ValueError("group_by_length needs a dataset with a length; an iterable makes its own batches")
             return Stream(dataset, labels=labels, rules=self.model.rules)
         options = {"collator": self.data_collator, "labels": labels, "rules": self.model.rules, "columns": self.columns}
-        return Dataset(dataset, rows, **options, **order)
+        together = spans(self.model.rules)
+        with telling("a dataset", together):
+            source = Dataset(dataset, rows, **options, **order)
+            if together:
+                agree("a dataset", examples=len(dataset), rows=rows)
+        return source
 
     # ---- Training ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +203,8 @@ class Trainer:
         Resumed, it does bit for bit what the uninterrupted run would have done. SIGTERM saves a checkpoint after the current step and ends
         the process with exit code 143. Raises NonFiniteError with the step, the batch's examples and the last good checkpoint when a loss
         or gradient is not finite; CheckpointError for a checkpoint that does not fit, or that cannot be written."""
-        self._run = run = Run(self, resume_from_checkpoint)
+        with lockstep("train", spans(self.model.rules)):
+            self._run = run = Run(self, resume_from_checkpoint)
         self._params = None
         trim_host_memory()
         try:
