@@ -23,7 +23,7 @@ from jaxmodels.sharding import Rules, make_mesh
 from jaxmodels.training import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback, TrainingArguments
 from jaxmodels.training.callbacks import TrainerState, readable
 from jaxmodels.training.checkpoints import checkpoints_in
-from jaxmodels.training.lora import LoraConfig, load_adapter
+from jaxmodels.training.lora import LoraConfig, load_adapter, merge
 from jaxmodels.training.meter import Meter, host_memory, trim_host_memory
 from jaxmodels.training.objectives import dpo_loss, make_reference
 
@@ -315,6 +315,33 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path):
     assert again.r == 2
     resumed = train(tmp_path, params=params, examples=examples, peft_config=config, resume=f"{tmp_path}/checkpoint-4")
     close(resumed.params, made.params, 0)
+
+
+def test_what_is_trained_beside_an_adapter(tmp_path):
+    """Frozen parameters are frozen besides; modules that are saved whole keep the dtype that was given, merged too; an adapter of another
+    config, without one, or resumed under another is refused."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(MODEL))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    options = {"params": params, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    made = train(tmp_path / "a", **options, peft_config=config, frozen=[".*lora_A"])
+    before = flatten(params)
+    moved = {name for name, leaf in flatten(made.params).items() if name in before and not np.array_equal(leaf, before[name])}
+    assert moved == {"lm_head.weight"} and np.abs(flatten(made.params)["model.layers.0.self_attn.q_proj.lora_B"]).max() > 0
+    made.write(tmp_path / "hf", merge(made.params)[0])
+    _, whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert {leaf.dtype.name for leaf in flatten(whole).values()} == {"bfloat16"}
+    with pytest.raises(ValueError, match="frozen pattern 'lora' matches no parameter"):
+        train(tmp_path / "a", **options, peft_config=config, frozen=["lora"])
+    other = dataclasses.replace(config, lora_alpha=64)
+    with pytest.raises(CheckpointError, match=r"adapter\.lora_alpha: saved 8, now 64"):
+        train(tmp_path / "a", **options, peft_config=other, resume=True)
+    options |= {"params": made.params, "save_strategy": "no"}
+    with pytest.raises(ValueError, match=r"another LoraConfig:\n.*q_proj\.lora_scale: \[4\.0\], the config says \[32\.0\]"):
+        train(tmp_path / "b", **options, peft_config=other)
+    with pytest.raises(ValueError, match=r"v_proj\.lora_A: nothing, the config says \[2, 32\]"):
+        train(tmp_path / "b", **options, peft_config=dataclasses.replace(config, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match="its scale would be trained: a Trainer's peft_config"):
+        train(tmp_path / "b", **options)
 
 
 def test_preferences(tmp_path):

@@ -201,6 +201,21 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
     return unflatten(flat)
 
 
+def check_adapter(model: Any, params: Any, config: LoraConfig) -> None:
+    """ValueError where the adapter in `params` is not one of this config: names, shapes, scales and dropout."""
+    make = lambda params: adapter_of(add_lora(model, params, config, jax.random.key(0)))
+    shapes = lambda adapter: {name: list(leaf.shape) for name, leaf in adapter.items()}
+    found, wanted = shapes(adapter_of(params)), shapes(jax.eval_shape(make, without_adapter(params)))
+    for module, (_, unrolled) in _targets(model, config).items():
+        wanted[f"{module}.lora_scale"] = np.float32([config.scale(name) for name in unrolled]).tolist()
+        if f"{module}.lora_scale" in found:
+            found[f"{module}.lora_scale"] = np.ravel(to_host(flatten(params)[f"{module}.lora_scale"])).tolist()
+    sides = [(name, found.get(name, "nothing"), wanted.get(name, "nothing")) for name in sorted({*found, *wanted})]
+    lines = [f"  {name}: {has}, the config says {says}" for name, has, says in sides if has != says]
+    if lines:
+        raise ValueError("\n".join(["the parameters have an adapter of another LoraConfig:", *lines[:6], *["  …"] * (len(lines) > 6)]))
+
+
 def _adapter(weight: jax.Array, kind: type, module: str, unrolled: list[str], config: LoraConfig, key: jax.Array) -> Adapter:
     keys = [jax.random.fold_in(key, _number(name)) for name in members(module) or [module]]
     leaves = [_fresh(kind, w, config, name, k) for w, name, k in zip(_layers(weight, module), unrolled, keys)]

@@ -93,7 +93,7 @@ class Run:
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
         self.steps, self.sums, self.last = 0, {}, {}  # type: int, dict[str, float], dict[str, float]  # since the last log
         self.total_loss = 0.0
-        self.about = describe(self.model, trainer.optimizer_name)
+        self.about = describe(self.model, trainer.optimizer_name, trainer.peft_config)
         trainer.state = TrainerState(
             max_steps=self.max_steps,
             num_train_epochs=min(self.epochs, 2**31),

@@ -20,6 +20,7 @@ from jax import lax
 from jaxmodels.layers import Embedding
 from jaxmodels.model import CausalLM, pack
 from jaxmodels.ops.loss import IGNORE, LossOptions, token_losses
+from jaxmodels.params import flatten
 from jaxmodels.training.trainable import Frozen, merge, placement, split
 
 Batch = Mapping[str, jax.Array]
@@ -66,6 +67,11 @@ def create_train_state(model: Any, optimizer: optax.GradientTransformation, para
 
     frozen: as in `make_train_step`; frozen parameters keep their dtype, the others are raised to float32."""
     trained, fixed = split(params, frozen)
+    if any(name.endswith(".lora_scale") for name in flatten(trained)):
+        raise ValueError(
+            "the parameters have an adapter, and its scale would be trained: a Trainer's peft_config, or frozen=lora.frozen_by(config), "
+            "trains the adapter alone; lora.merge makes plain parameters of it"
+        )
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     fixed = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fixed)
     scale = LossScale.initial() if model.dtype == jnp.float16 else None
