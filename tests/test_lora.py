@@ -331,7 +331,7 @@ def test_projections_that_files_fuse(dora, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "head, tied, options",
+    ("head", "tied", "options"),
     [
         ("SequenceClassification", False, {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
         ("CausalLM", False, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),

@@ -20,7 +20,14 @@ from jaxmodels.models.bert import BertConfig, BertForMaskedLM, BertForQuestionAn
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from jaxmodels.params import flatten, init_params
 from jaxmodels.sharding import Rules, make_mesh
-from jaxmodels.training import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback, TrainingArguments
+from jaxmodels.training import (
+    DataCollatorWithFlattening,
+    EarlyStoppingCallback,
+    NonFiniteError,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from jaxmodels.training.callbacks import TrainerState, readable
 from jaxmodels.training.checkpoints import checkpoints_in
 from jaxmodels.training.lora import LoraConfig, load_adapter, merge
@@ -253,6 +260,50 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, stateful):
     again = train(tmp_path / "out", examples=Numbers(stateful), resume=True)
     assert losses(again) == losses(straight) and len(losses(again)) == 8
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(straight.params)))
+
+
+def test_documents_in_one_row(tmp_path):
+    """Flattened, the batches of an epoch's 10 examples have the losses of padded ones: the last, of 2, too, and whatever the parts."""
+    examples = [{name: value[:length] for name, value in row.items()} for row, length in zip(data(10), [12, 3, 7, 9, 4, 12, 5, 6, 11, 8])]
+    width = lambda row, fill: {name: np.pad(value, (0, 12 - len(value)), constant_values=fill[name]) for name, value in row.items()}
+    padded = [width(row, {"input_ids": 0, "labels": -100}) for row in examples]
+    options = {"max_steps": 5, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    wanted = losses(train(tmp_path / "padded", examples=padded, **options))
+    for parts in (1, 2):
+        args = TrainingArguments(
+            str(tmp_path / str(parts)), gradient_accumulation_steps=parts, **QUIET | options | {"per_device_train_batch_size": 4 // parts}
+        )
+        collator = DataCollatorWithFlattening(pad_to_multiple_of=48)
+        made = Trainer(MODEL, params_of(MODEL), args, collator, examples, examples)
+        made.train()
+        assert losses(made) == pytest.approx(wanted, rel=1e-5)
+    again = Trainer(MODEL, made.params, args, eval_dataset=padded)
+    assert made.evaluate()["eval_loss"] == pytest.approx(again.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_without_a_label_that_counts(tmp_path, parts):
+    rows = [row | ({"labels": np.full(12, -100)} if i >= 4 else {}) for i, row in enumerate(data(8))]
+    options = {"gradient_accumulation_steps": parts, "per_device_train_batch_size": 4 // parts, "train_sampling_strategy": "sequential"}
+    with pytest.raises(NonFiniteError, match=r"no label that counts, .* at step 2, of examples 4, 5, 6, 7"):
+        train(tmp_path, examples=rows, **options)
+
+
+def test_labels_that_are_not_there(tmp_path):
+    rows = [{"input_ids": row["input_ids"]} for row in data(4)]
+    with pytest.raises(ValueError, match="a batch of input_ids has no `labels`"):
+        train(tmp_path, examples=rows)
+    with pytest.raises(ValueError, match="an example has no labels, which the first of its batch has"):
+        train(tmp_path, examples=[*data(1), *rows], train_sampling_strategy="sequential")
+
+
+def test_stopping_early_by_one_of_several_datasets(tmp_path):
+    """Evaluations of the other datasets say nothing."""
+    sets = {"a": data(4), "b": data(4, seed=1)}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": sets, "learning_rate": 0.0}
+    stopping = EarlyStoppingCallback(2)
+    made = train(tmp_path, extra=[stopping], metric_for_best_model="a_loss", **options)
+    assert made.state.global_step == 3 and stopping.early_stopping_patience_counter == 2
 
 
 def test_ended_between_the_last_step_and_the_end_of_its_epoch(tmp_path):

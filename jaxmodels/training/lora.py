@@ -162,7 +162,8 @@ def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]
             if f"{module}.weight" in tied:
                 warnings.warn(
                     f"{module} is adapted as embeddings alone, while {tied[f'{module}.weight']} is tied to it: merged, the adapter would "
-                    "change both"
+                    "change both",
+                    stacklevel=3,
                 )
             if issubclass(kind, Embedding) and config.use_dora:
                 raise ValueError(f"DoRA of an embedding ({module}) is not supported; leave it out or set use_dora=False")
@@ -400,7 +401,9 @@ def save_adapter(directory: str | Path, model: Any, params: Any, config: LoraCon
     fused = inverse(_structure(model), {name: as_tensor(leaf) for name, leaf in rows.items()})
     out = {key: as_tensor(np.ascontiguousarray(leaf)) for key, leaf in tensors.items()}
     out |= {_file_key(*name.rsplit(".", 1)): tensor for name, tensor in fused.items()}
-    saved = unstack(to_host({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config.modules_to_save, name)}))
+    saved = unstack(
+        to_host({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config.modules_to_save, name)})
+    )
     out |= {_file_key(*name.rsplit(".", 1)): as_tensor(leaf) for name, leaf in saved.items()}
     for rule in _ties(model):
         module, head = (_file_key(*name.rsplit(".", 1)) for name in (rule.canonical, rule.key))
