@@ -275,8 +275,8 @@ def test_refusals(tmp_path, written):
     (directory / "adapter_config.json").write_text((written["plain"][0] / "adapter_config.json").read_text())
     with pytest.raises(CheckpointError, match=r"missing are .*down_proj\.lora_A.*not used are .*extra"):
         load_adapter(directory, UNROLLED, base)
-    with pytest.raises(ValueError, match="modules_to_save 'head' is no module with parameters of its own"):
-        add_lora(UNROLLED, base, LoraConfig(modules_to_save=["head"]), key)
+    with pytest.raises(ValueError, match="modules_to_save 'heads' is no module with parameters of its own"):
+        add_lora(UNROLLED, base, LoraConfig(modules_to_save=["heads"]), key)
 
 
 def test_the_config_keeps_what_it_does_not_read(written, tmp_path):
@@ -328,3 +328,47 @@ def test_projections_that_files_fuse(dora, tmp_path):
     np.testing.assert_allclose(peft_logits(read), call(apart), atol=1e-4)
     back, _ = load_adapter(tmp_path / "apart", model, params)
     np.testing.assert_allclose(jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(ids)).logits)(back), call(apart), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "tied", "options"),
+    [
+        ("SequenceClassification", False, {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
+        ("CausalLM", False, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+        ("CausalLM", True, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+    ids=["heads by task", "ends of names", "tied"],
+)
+def test_what_peft_saves_whole(head, tied, options, tmp_path):
+    """A task's head, of which PEFT names two; every module whose name ends so; embeddings that stay one with the head."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"LlamaFor{head}")
+    config = transformers.LlamaConfig(**SHAPE | {"tie_word_embeddings": tied, "num_hidden_layers": 1}, pad_token_id=0)
+    kind(config).eval().save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs.eval()(torch.tensor(IDS)).logits.detach().numpy()
+    model, base = getattr(jm, f"AutoModelFor{head}").from_pretrained(tmp_path / "base")
+    params, loaded = load_adapter(tmp_path / "theirs", model, base)
+    for own in (params, merge(params)[0]):
+        np.testing.assert_allclose(model.apply({"params": own}, jnp.asarray(IDS)).logits, wanted, atol=1e-5)
+    fresh = add_lora(model, base, LoraConfig(r=4, **options), jax.random.key(0))  # our words for the same
+    assert flatten(fresh).keys() == flatten(params).keys()
+    trained = lambda config: {name for name in flatten(params) if not frozen_by(config)(name)}
+    assert trained(LoraConfig(r=4, **options)) == trained(loaded) >= {name for name in flatten(params) if "lora_A" in name}
+    save_adapter(tmp_path / "ours", model, params, loaded)
+    again = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
+    np.testing.assert_allclose(again(torch.tensor(IDS)).logits.detach().numpy(), wanted, atol=1e-6)
+
+
+def test_a_tied_head_is_not_left_behind():
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"tie_word_embeddings": True, "num_hidden_layers": 1}))
+    params, key = init_params(model, jax.random.key(0)), jax.random.key(0)
+    with pytest.raises(ValueError, match=r"to which lm_head\.weight is tied.*ensure_weight_tying=True keeps them one"):
+        add_lora(model, params, LoraConfig(modules_to_save=["embed_tokens"]), key)
+    with pytest.warns(UserWarning, match=r"while lm_head\.weight is tied to it: merged"):
+        add_lora(model, params, LoraConfig(target_modules=["embed_tokens"]), key)

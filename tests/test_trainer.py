@@ -20,10 +20,17 @@ from jaxmodels.models.bert import BertConfig, BertForMaskedLM, BertForQuestionAn
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from jaxmodels.params import flatten, init_params
 from jaxmodels.sharding import Rules, make_mesh
-from jaxmodels.training import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback, TrainingArguments
+from jaxmodels.training import (
+    DataCollatorWithFlattening,
+    EarlyStoppingCallback,
+    NonFiniteError,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from jaxmodels.training.callbacks import TrainerState, readable
 from jaxmodels.training.checkpoints import checkpoints_in
-from jaxmodels.training.lora import LoraConfig, load_adapter
+from jaxmodels.training.lora import LoraConfig, load_adapter, merge
 from jaxmodels.training.meter import Meter, host_memory, trim_host_memory
 from jaxmodels.training.objectives import dpo_loss, make_reference
 
@@ -255,6 +262,50 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, stateful):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(straight.params)))
 
 
+def test_documents_in_one_row(tmp_path):
+    """Flattened, the batches of an epoch's 10 examples have the losses of padded ones: the last, of 2, too, and whatever the parts."""
+    examples = [{name: value[:length] for name, value in row.items()} for row, length in zip(data(10), [12, 3, 7, 9, 4, 12, 5, 6, 11, 8])]
+    width = lambda row, fill: {name: np.pad(value, (0, 12 - len(value)), constant_values=fill[name]) for name, value in row.items()}
+    padded = [width(row, {"input_ids": 0, "labels": -100}) for row in examples]
+    options = {"max_steps": 5, "optim": "sgd", "train_sampling_strategy": "sequential"}
+    wanted = losses(train(tmp_path / "padded", examples=padded, **options))
+    for parts in (1, 2):
+        args = TrainingArguments(
+            str(tmp_path / str(parts)), gradient_accumulation_steps=parts, **QUIET | options | {"per_device_train_batch_size": 4 // parts}
+        )
+        collator = DataCollatorWithFlattening(pad_to_multiple_of=48)
+        made = Trainer(MODEL, params_of(MODEL), args, collator, examples, examples)
+        made.train()
+        assert losses(made) == pytest.approx(wanted, rel=1e-5)
+    again = Trainer(MODEL, made.params, args, eval_dataset=padded)
+    assert made.evaluate()["eval_loss"] == pytest.approx(again.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_without_a_label_that_counts(tmp_path, parts):
+    rows = [row | ({"labels": np.full(12, -100)} if i >= 4 else {}) for i, row in enumerate(data(8))]
+    options = {"gradient_accumulation_steps": parts, "per_device_train_batch_size": 4 // parts, "train_sampling_strategy": "sequential"}
+    with pytest.raises(NonFiniteError, match=r"no label that counts, .* at step 2, of examples 4, 5, 6, 7"):
+        train(tmp_path, examples=rows, **options)
+
+
+def test_labels_that_are_not_there(tmp_path):
+    rows = [{"input_ids": row["input_ids"]} for row in data(4)]
+    with pytest.raises(ValueError, match="a batch of input_ids has no `labels`"):
+        train(tmp_path, examples=rows)
+    with pytest.raises(ValueError, match="an example has no labels, which the first of its batch has"):
+        train(tmp_path, examples=[*data(1), *rows], train_sampling_strategy="sequential")
+
+
+def test_stopping_early_by_one_of_several_datasets(tmp_path):
+    """Evaluations of the other datasets say nothing."""
+    sets = {"a": data(4), "b": data(4, seed=1)}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": sets, "learning_rate": 0.0}
+    stopping = EarlyStoppingCallback(2)
+    made = train(tmp_path, extra=[stopping], metric_for_best_model="a_loss", **options)
+    assert made.state.global_step == 3 and stopping.early_stopping_patience_counter == 2
+
+
 def test_ended_between_the_last_step_and_the_end_of_its_epoch(tmp_path):
     class Crash(TrainerCallback):
         def on_epoch_end(self, *args, **kwargs):
@@ -315,6 +366,33 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path):
     assert again.r == 2
     resumed = train(tmp_path, params=params, examples=examples, peft_config=config, resume=f"{tmp_path}/checkpoint-4")
     close(resumed.params, made.params, 0)
+
+
+def test_what_is_trained_beside_an_adapter(tmp_path):
+    """Frozen parameters are frozen besides; modules that are saved whole keep the dtype that was given, merged too; an adapter of another
+    config, without one, or resumed under another is refused."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(MODEL))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    options = {"params": params, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    made = train(tmp_path / "a", **options, peft_config=config, frozen=[".*lora_A"])
+    before = flatten(params)
+    moved = {name for name, leaf in flatten(made.params).items() if name in before and not np.array_equal(leaf, before[name])}
+    assert moved == {"lm_head.weight"} and np.abs(flatten(made.params)["model.layers.0.self_attn.q_proj.lora_B"]).max() > 0
+    made.write(tmp_path / "hf", merge(made.params)[0])
+    _, whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert {leaf.dtype.name for leaf in flatten(whole).values()} == {"bfloat16"}
+    with pytest.raises(ValueError, match="frozen pattern 'lora' matches no parameter"):
+        train(tmp_path / "a", **options, peft_config=config, frozen=["lora"])
+    other = dataclasses.replace(config, lora_alpha=64)
+    with pytest.raises(CheckpointError, match=r"adapter\.lora_alpha: saved 8, now 64"):
+        train(tmp_path / "a", **options, peft_config=other, resume=True)
+    options |= {"params": made.params, "save_strategy": "no"}
+    with pytest.raises(ValueError, match=r"another LoraConfig:\n.*q_proj\.lora_scale: \[4\.0\], the config says \[32\.0\]"):
+        train(tmp_path / "b", **options, peft_config=other)
+    with pytest.raises(ValueError, match=r"v_proj\.lora_A: nothing, the config says \[2, 32\]"):
+        train(tmp_path / "b", **options, peft_config=dataclasses.replace(config, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match="its scale would be trained: a Trainer's peft_config"):
+        train(tmp_path / "b", **options)
 
 
 def test_preferences(tmp_path):

@@ -52,6 +52,8 @@ def test_shares_and_numbers_written_as_text():
     args = TrainingArguments(learning_rate="1e-4", max_steps="100", logging_steps=0.05, warmup_steps=0.25, eval_strategy="steps")
     assert (args.learning_rate, args.max_steps, args.eval_steps, args.get_warmup_steps(10)) == (1e-4, 100, 0.05, 3)
     assert TrainingArguments(group_by_length=True).train_sampling_strategy == "group_by_length"
+    assert TrainingArguments(lr_scheduler_kwargs='{"num_cycles": 2}').lr_scheduler_kwargs == {"num_cycles": 2}
+    assert TrainingArguments(max_grad_norm=None).max_grad_norm is None  # no clipping
     assert TrainingArguments(report_to="all").report_to == ["jsonl", "tensorboard"]
 
 
@@ -80,6 +82,7 @@ def test_shares_and_numbers_written_as_text():
         ({"data_seed": -1}, "data_seed is -1; expected at least 0"),
         ({"loss_chunk": 0}, "loss_chunk is 0; expected 'auto', None or a number"),
         ({"loss_chunk": "128k"}, "loss_chunk is '128k'; expected"),
+        ({"lr_scheduler_kwargs": "{num_cycles"}, "lr_scheduler_kwargs is '{num_cycles'; expected fields, or a JSON object"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values, message):

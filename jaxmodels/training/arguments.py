@@ -132,6 +132,17 @@ def _number(name: str, value: Any, kind: str) -> Any:
     return int(number) if kind.startswith("int") else number
 
 
+def _fields(name: str, text: str) -> dict[str, Any]:
+    """Of a JSON object, as HF's command line takes them."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is {text!r}; expected fields, or a JSON object of them")
+    return found
+
+
 @_checked
 @dataclasses.dataclass
 class TrainingArguments:
@@ -159,7 +170,7 @@ class TrainingArguments:
     adam_epsilon: float = 1e-8
     optim_target_modules: str | list[str] | None = None
     gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     label_smoothing_factor: float = 0.0
     z_loss: float = 0.0
     loss_chunk: int | str | None = "auto"
@@ -211,6 +222,8 @@ class TrainingArguments:
         for field in dataclasses.fields(self):
             if field.type in ("int", "float", "int | None", "float | None"):
                 setattr(self, field.name, _number(field.name, getattr(self, field.name), str(field.type)))
+            elif field.type == "dict[str, Any] | None" and isinstance(getattr(self, field.name), str):
+                setattr(self, field.name, _fields(field.name, getattr(self, field.name)))
         self.output_dir = str(local_directory(self.output_dir).expanduser())
         self._choices()
         self._checkpointing()

@@ -148,15 +148,24 @@ class Dataset:
         first = self.piece * per
         mine = padded[first : first + per]
         real = max(0, min(per, len(numbers) - first))
-        arrays = {name: array[first : first + per] for name, array in self.collate(padded).items()}
+        whole = self.collate(padded)
+        if len(next(iter(whole.values()))) != len(padded):
+            return self._joined(whole if len(numbers) == len(padded) else self.collate(numbers), numbers)
+        arrays = {name: array[first : first + per] for name, array in whole.items()}
         if real < per and not can_mask(arrays, self.labels):
             if jax.process_count() > 1:
                 raise ValueError("the last batch of the epoch cannot be padded, as its labels cannot be left out: set dataloader_drop_last")
             arrays, padded = self.collate(numbers), numbers
         elif real < per:
             arrays = mask_rows(arrays, np.arange(per) < real, self.labels)
-        shown = ", ".join(str(number) for number in mine[:real][:32]) + (", …" if real > 32 else "")
-        return Batch(arrays, len(padded), len(numbers), f"examples {shown}")
+        return Batch(arrays, len(padded), len(numbers), _examples(mine[:real]))
+
+    def _joined(self, arrays: Arrays, numbers: np.ndarray) -> Batch:
+        """Of a collator that puts several examples into a row, as flattening does: nothing is filled up."""
+        rows = len(next(iter(arrays.values())))
+        if self.pieces > 1:
+            raise ValueError(f"the collator makes {rows} rows of {len(numbers)} examples, which several processes cannot share; pack them")
+        return Batch(arrays, rows, rows, _examples(numbers))
 
     def collate(self, numbers: np.ndarray) -> Arrays:
         examples = [self.dataset[int(number)] for number in numbers]
@@ -190,6 +199,10 @@ class Dataset:
         if differing:
             raise ValueError(f"the train dataset is not the one that the checkpoint stopped in: {differing}")
         self.row = int(saved["row"])
+
+
+def _examples(numbers: np.ndarray) -> str:
+    return f"examples {', '.join(str(number) for number in numbers[:32])}{', …' if len(numbers) > 32 else ''}"
 
 
 class Stream:

@@ -267,6 +267,8 @@ class EarlyStoppingCallback(TrainerCallback):
             )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any) -> None:
+        if metric_name(args) not in metrics:  # of another of several datasets
+            return
         value = best_metric(args, metrics)
         better = state.best_metric is None or (
             (value > state.best_metric if args.greater_is_better else value < state.best_metric)
@@ -279,10 +281,14 @@ class EarlyStoppingCallback(TrainerCallback):
         return {"attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter}}
 
 
+def metric_name(args: TrainingArguments) -> str:
+    name = str(args.metric_for_best_model)
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
 def best_metric(args: TrainingArguments, metrics: Mapping[str, Any]) -> float:
     """The value of metric_for_best_model; ValueError names those that there are."""
-    name = str(args.metric_for_best_model)
-    name = name if name.startswith("eval_") else f"eval_{name}"
+    name = metric_name(args)
     if name not in metrics:
         raise ValueError(f"metric_for_best_model is {args.metric_for_best_model!r}; the evaluation has {', '.join(metrics)}")
     return float(metrics[name])

@@ -35,10 +35,11 @@ def get_last_checkpoint(directory: str | Path) -> str | None:
     return str(list(found.values())[-1]) if found else None
 
 
-def describe(model: Any, optimizer: str) -> dict[str, Any]:
-    """What a checkpoint must have been made of to fit."""
+def describe(model: Any, optimizer: str, adapter: Any = None) -> dict[str, Any]:
+    """What a checkpoint must have been made of to fit. adapter: a LoraConfig."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_THE_MODEL}
-    return {"model": type(model).__name__, "config": config, "optimizer": optimizer}
+    about = {"model": type(model).__name__, "config": config, "optimizer": optimizer}
+    return about if adapter is None else about | {"adapter": {k: v for k, v in adapter.to_dict().items() if k not in adapter.extra}}
 
 
 def flat_state(state: Any) -> dict[str, Any]:
@@ -164,6 +165,8 @@ def _check(path: str | Path, meta: Mapping[str, Any], about: Mapping[str, Any], 
     names = sorted({*saved["config"], *now["config"]})
     absent = "nothing"
     sides = [(f"config.{name}", saved["config"].get(name, absent), now["config"].get(name, absent)) for name in names]
+    adapter = saved.get("adapter", {})
+    sides += [(f"adapter.{name}", adapter[name], value) for name, value in now.get("adapter", {}).items() if name in adapter]
     sides += [(name, meta["arrays"].get(name, absent), shapes.get(name, absent)) for name in sorted({*meta["arrays"], *shapes})]
     lines += [f"  {name}: saved {before}, now {after}" for name, before, after in sides if before != after]
     if lines:

@@ -44,6 +44,9 @@ def default_data_collator(features: Sequence[Example]) -> Batch:
     names = [name for name, value in first.items() if value is not None and not isinstance(value, str)]
     if "label" in names and "label_ids" in names:
         names.remove("label_ids")
+    for feature in features:
+        if missing := [name for name in names if name not in feature]:
+            raise ValueError(f"an example has no {', '.join(missing)}, which the first of its batch has; it has {', '.join(feature)}")
     return _labels_named({name: _array(name, [feature[name] for feature in features]) for name in names})
 
 

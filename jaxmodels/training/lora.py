@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from jaxmodels.auto import conversion_of
 from jaxmodels.config import read_json, thaw
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import read_file, write_file
-from jaxmodels.convert.rules import Rename, Split, fill, forward, inverse, match, members, unstack
+from jaxmodels.convert.rules import Rename, Split, Tie, fill, forward, inverse, match, members, unstack
 from jaxmodels.convert.sharded import replacing_together
 from jaxmodels.convert.tensors import Spec, as_tensor
 from jaxmodels.layers import Embedding, Linear
@@ -38,9 +39,10 @@ from jaxmodels.training.optimizers import module_types
 Adapter = dict[str, jax.Array]  # dotted names of the leaves, as they lie in the tree
 TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_embedding_A", "lora_embedding_B")
 PREFIX = "base_model.model."
+# what PEFT adds to modules_to_save by itself, whichever of them the model has
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # PEFT's options that would change numbers and are not offered: the values that mean "off"
 OFF: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "lora_bias": (False,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -56,8 +58,9 @@ OFF: dict[str, tuple[Any, ...]] = {
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """PEFT's fields of that name. target_modules: ends of module names, a regular expression for a whole name, or `all-linear` (without the
-    head). rank_pattern, alpha_pattern: {regular expression for the end of a name: value}. `extra` keeps the other keys of
-    adapter_config.json; those that would change numbers here must be off."""
+    head). rank_pattern, alpha_pattern: {regular expression for the end of a name: value}. task_type: `SEQ_CLS`, `TOKEN_CLS` and
+    `QUESTION_ANS` add the head to modules_to_save. ensure_weight_tying: embeddings in modules_to_save stay one with a head that is tied
+    to them. bias must be "none". `extra` keeps the other keys of adapter_config.json; those that would change numbers here must be off."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -69,14 +72,20 @@ class LoraConfig:
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    task_type: str | None = None
+    bias: str = "none"
+    ensure_weight_tying: bool = False
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"LoRA's rank r is {self.r!r}; expected an integer above 0")
-        for name, off in OFF.items():
-            if self.extra.get(name, off[0]) not in off:
-                raise ValueError(f"LoRA option {name} = {self.extra[name]!r} is not supported; it must be {off[0]!r}")
+        values = {**self.extra, "bias": self.bias}
+        for name, off in {**OFF, "bias": ("none",)}.items():
+            if values.get(name, off[0]) not in off:
+                raise ValueError(f"LoRA option {name} = {values[name]!r} is not supported; it must be {off[0]!r}")
+        heads = [name for name in HEADS.get(str(self.task_type), ()) if name not in self.modules_to_save]
+        object.__setattr__(self, "modules_to_save", (*self.modules_to_save, *heads))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -90,7 +99,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         own = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         own["exclude_modules"], own["modules_to_save"] = own["exclude_modules"] or None, own["modules_to_save"] or None
-        return {"bias": "none", "task_type": None, "base_model_name_or_path": None, **self.extra, "peft_type": "LORA", **own}
+        return {"base_model_name_or_path": None, **self.extra, "peft_type": "LORA", **own}
 
     def targets(self, module: str, linear: bool) -> bool:
         """Whether the module of that (unrolled) name is adapted. `linear`: one that `all-linear` means."""
@@ -134,7 +143,9 @@ def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]
     """{module in the tree: (its class, the files' names of its layers)} of what is adapted. ValueError when that is nothing, or half a
     stack."""
     found, names, rules = {}, set(), conversion_of(model)[0]
-    for name, kind in module_types(model).items():
+    tied = {rule.canonical: rule.key for rule in _ties(model)}
+    types = module_types(model)
+    for name, kind in types.items():
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or not issubclass(kind, Linear | Embedding):
             continue
@@ -148,6 +159,12 @@ def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]
                     f"{module} holds {len(unrolled)} layers in one array, of which the adapter takes a part or at several ranks; "
                     "load the model with scan_layers=False for this adapter"
                 )
+            if f"{module}.weight" in tied:
+                warnings.warn(
+                    f"{module} is adapted as embeddings alone, while {tied[f'{module}.weight']} is tied to it: merged, the adapter would "
+                    "change both",
+                    stacklevel=3,
+                )
             if issubclass(kind, Embedding) and config.use_dora:
                 raise ValueError(f"DoRA of an embedding ({module}) is not supported; leave it out or set use_dora=False")
             found[module] = (kind, unrolled)
@@ -155,10 +172,22 @@ def _targets(model: Any, config: LoraConfig) -> dict[str, tuple[type, list[str]]
         raise ValueError(
             f"target_modules {config.target_modules!r} name no linear layer or embedding; module names end in {', '.join(sorted(names))}"
         )
+    shared = {key: head for key, head in tied.items() if _saved(config.modules_to_save, key)}
     for name in config.modules_to_save:
-        if not any(_saved(dataclasses.replace(config, modules_to_save=(name,)), key) for key in module_types(model)):
+        known = name in HEADS.get(str(config.task_type), ()) or any(_saved([name], key) for key in (*types, *shared.values()))
+        if not known:
             raise ValueError(f"modules_to_save {name!r} is no module with parameters of its own (a tied head is the embeddings)")
+    if shared and not config.ensure_weight_tying:
+        key, head = next(iter(shared.items()))
+        raise ValueError(
+            f"modules_to_save has {key}, to which {head} is tied: PEFT would train and load the one without the other; "
+            "ensure_weight_tying=True keeps them one"
+        )
     return found
+
+
+def _ties(model: Any) -> list[Tie]:
+    return [rule for rule in conversion_of(model)[0] if isinstance(rule, Tie)]
 
 
 def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tree:
@@ -171,6 +200,21 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
             make = jax.jit(make, out_shardings=NamedSharding(weight.sharding.mesh, PartitionSpec()))
         flat |= make(weight)
     return unflatten(flat)
+
+
+def check_adapter(model: Any, params: Any, config: LoraConfig) -> None:
+    """ValueError where the adapter in `params` is not one of this config: names, shapes, scales and dropout."""
+    make = lambda params: adapter_of(add_lora(model, params, config, jax.random.key(0)))
+    shapes = lambda adapter: {name: list(leaf.shape) for name, leaf in adapter.items()}
+    found, wanted = shapes(adapter_of(params)), shapes(jax.eval_shape(make, without_adapter(params)))
+    for module, (_, unrolled) in _targets(model, config).items():
+        wanted[f"{module}.lora_scale"] = np.float32([config.scale(name) for name in unrolled]).tolist()
+        if f"{module}.lora_scale" in found:
+            found[f"{module}.lora_scale"] = np.ravel(to_host(flatten(params)[f"{module}.lora_scale"])).tolist()
+    sides = [(name, found.get(name, "nothing"), wanted.get(name, "nothing")) for name in sorted({*found, *wanted})]
+    lines = [f"  {name}: {has}, the config says {says}" for name, has, says in sides if has != says]
+    if lines:
+        raise ValueError("\n".join(["the parameters have an adapter of another LoraConfig:", *lines[:6], *["  …"] * (len(lines) > 6)]))
 
 
 def _adapter(weight: jax.Array, kind: type, module: str, unrolled: list[str], config: LoraConfig, key: jax.Array) -> Adapter:
@@ -209,12 +253,13 @@ def _fresh(kind: type, weight: jax.Array, config: LoraConfig, name: str, key: ja
 
 def frozen_by(config: LoraConfig) -> Callable[[str], bool]:
     """For the train step's `frozen`: all but the adapter and the modules_to_save."""
-    return lambda name: not (name.rpartition(".")[2] in TRAINED or _saved(config, name))
+    return lambda name: not (name.rpartition(".")[2] in TRAINED or _saved(config.modules_to_save, name))
 
 
-def _saved(config: LoraConfig, name: str) -> bool:
+def _saved(modules: Sequence[str], name: str) -> bool:
+    """Whether a parameter's module, or one around it, has a name that ends in one of these, as PEFT goes by them."""
     module, _, leaf = name.rpartition(".")
-    return not leaf.startswith("lora_") and any(re.search(rf"(^|\.){m}($|\.)", module) for m in config.modules_to_save)
+    return not leaf.startswith("lora_") and any(f"{end}." in f"{module}." for end in modules)
 
 
 def adapter_of(params: Any) -> Adapter:
@@ -356,8 +401,13 @@ def save_adapter(directory: str | Path, model: Any, params: Any, config: LoraCon
     fused = inverse(_structure(model), {name: as_tensor(leaf) for name, leaf in rows.items()})
     out = {key: as_tensor(np.ascontiguousarray(leaf)) for key, leaf in tensors.items()}
     out |= {_file_key(*name.rsplit(".", 1)): tensor for name, tensor in fused.items()}
-    saved = unstack(to_host({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config, name)}))
+    saved = unstack(
+        to_host({name: leaf for name, leaf in flatten(without_adapter(params)).items() if _saved(config.modules_to_save, name)})
+    )
     out |= {_file_key(*name.rsplit(".", 1)): as_tensor(leaf) for name, leaf in saved.items()}
+    for rule in _ties(model):
+        module, head = (_file_key(*name.rsplit(".", 1)) for name in (rule.canonical, rule.key))
+        out |= {head: out[module]} if module in out else {}
     config = dataclasses.replace(config, rank_pattern=ranks, alpha_pattern=alphas)
     together = spread(params)
     with replacing_together(directory, together=together) as path:
@@ -375,12 +425,13 @@ def load_adapter(directory: str | Path, model: Any, params: Any) -> tuple[Tree, 
     modules = _targets(model, config)
     base = flatten(without_adapter(params))
     wanted = flatten(jax.eval_shape(lambda params: add_lora(model, params, config, jax.random.key(0)), unflatten(base)))
-    names = [name for name in wanted if name.rpartition(".")[2] in TRAINED or _saved(config, name)]
+    names = [name for name in wanted if name.rpartition(".")[2] in TRAINED or _saved(config.modules_to_save, name)]
     plain = [n for name in names for n in members(name) or [name]]
     source = {n: _file_key(_file_module(_structure(model), n.rpartition(".")[0]), n.rpartition(".")[2]) for n in plain}
     # PEFT keeps the base of adapted embeddings, and of a head that is tied to them
     loose = [key for key in found if key.endswith("base_layer.weight")]
     loose += [key for key in (f"{PREFIX}{getattr(model, 'head_name', '')}.weight",) if loose and key in found]
+    loose += [f"{PREFIX}{rule.key}" for rule in _ties(model) if _saved(config.modules_to_save, rule.canonical)]
     missing = sorted(set(source.values()) - set(found))
     left = sorted(set(found) - set(source.values()) - set(loose))
     if missing or left:

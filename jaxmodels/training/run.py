@@ -99,7 +99,7 @@ class Run:
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
         self.steps, self.sums, self.last = 0, {}, {}  # type: int, dict[str, float], dict[str, float]  # since the last log
         self.total_loss = 0.0
-        self.about = describe(self.model, trainer.optimizer_name)
+        self.about = describe(self.model, trainer.optimizer_name, trainer.peft_config)
         trainer.state = TrainerState(
             max_steps=self.max_steps,
             num_train_epochs=min(self.epochs, 2**31),
@@ -246,12 +246,12 @@ class Run:
             step, name, metrics = self.waiting.popleft()
             found = {key: float(value) for key, value in jax.device_get(metrics).items()}
             wrong = [key for key in ("loss", "grad_norm") if not math.isfinite(found[key])]
-            if wrong and ("loss" in wrong or self.state.loss_scale is None):
+            empty = not found["tokens"]
+            if empty or (wrong and ("loss" in wrong or self.state.loss_scale is None)):
                 self.checkpoints.wait()
-                raise NonFiniteError(
-                    f"{wrong[0]} is {found[wrong[0]]} at step {step}, of {name}. "
-                    f"The last good checkpoint: {self.checkpoints.last() or 'none'}"
-                )
+                what = "there is no label that counts, and so no loss," if empty else f"{wrong[0]} is {found[wrong[0]]}"
+                last = self.checkpoints.last() or "none"
+                raise NonFiniteError(f"{what} at step {step}, of {name}. The last good checkpoint: {last}")
             del found["tokens"]
             self.steps, self.last = self.steps + 1, found
             self.sums = {key: self.sums.get(key, 0.0) + value for key, value in found.items()}

@@ -20,6 +20,7 @@ from jax import lax
 from jaxmodels.layers import Embedding
 from jaxmodels.model import CausalLM, pack
 from jaxmodels.ops.loss import IGNORE, LossOptions, token_losses
+from jaxmodels.params import flatten
 from jaxmodels.training.trainable import Frozen, merge, placement, split
 
 Batch = Mapping[str, jax.Array]
@@ -66,6 +67,11 @@ def create_train_state(model: Any, optimizer: optax.GradientTransformation, para
 
     frozen: as in `make_train_step`; frozen parameters keep their dtype, the others are raised to float32."""
     trained, fixed = split(params, frozen)
+    if any(name.endswith(".lora_scale") for name in flatten(trained)):
+        raise ValueError(
+            "the parameters have an adapter, and its scale would be trained: a Trainer's peft_config, or frozen=lora.frozen_by(config), "
+            "trains the adapter alone; lora.merge makes plain parameters of it"
+        )
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     fixed = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fixed)
     scale = LossScale.initial() if model.dtype == jnp.float16 else None
@@ -102,16 +108,21 @@ def model_loss(model: Any, options: LossOptions, chunk: int | str | None) -> Los
     """The loss that the model itself computes from its labels, weighed by how many of them count."""
 
     def own(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
+        _need_labels(batch)
         resolved = LossOptions(options.label_smoothing, options.z_loss, _chunk(model, batch, chunk))
         return apply(params, **batch, loss_options=resolved, num_items_in_batch=num_items).loss, {}
 
     def mean(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
-        return apply(params, **batch).loss * count_items(model, batch) / num_items, {}
+        value = apply(params, **batch).loss
+        if value is None:
+            _need_labels(batch)
+        return value * count_items(model, batch) / num_items, {}
 
     if "num_items_in_batch" in inspect.signature(type(model).__call__).parameters:
         return own
 
     def smoothed(apply: Callable[..., Any], params: Any, batch: Batch, num_items: jax.Array) -> tuple[jax.Array, Metrics]:
+        _need_labels(batch)
         labels, out = batch["labels"], apply(params, **batch)
         if not jnp.issubdtype(labels.dtype, jnp.integer) or getattr(out, "logits", None) is None:
             found = f"labels of {labels.dtype}, outputs {', '.join(out.keys())}"
@@ -121,6 +132,14 @@ def model_loss(model: Any, options: LossOptions, chunk: int | str | None) -> Los
     if options.z_loss:
         raise ValueError(f"{type(model).__name__} computes its loss whole: z_loss and chunks are for causal language models")
     return smoothed if options.label_smoothing else mean
+
+
+def _need_labels(batch: Batch) -> None:
+    if "labels" not in batch:
+        raise ValueError(
+            f"a batch of {', '.join(batch)} has no `labels`, of which this loss is made; the examples have none, or the collator makes "
+            "none (DataCollatorForLanguageModeling(tokenizer, mlm=False) does)"
+        )
 
 
 def _chunk(model: Any, batch: Batch, chunk: int | str | None) -> int | None:

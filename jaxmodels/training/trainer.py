@@ -28,13 +28,13 @@ from jaxmodels.training.batches import Collator, Dataset, Stream, batch_devices,
 from jaxmodels.training.callbacks import REPORTERS, CallbackHandler, DefaultFlowCallback, ProgressCallback, TrainerControl, TrainerState
 from jaxmodels.training.collators import default_data_collator
 from jaxmodels.training.evaluation import EvalLoopOutput, PredictionOutput, evaluation_loop, make_loss_step, make_predict_step
-from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, save_adapter
+from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, check_adapter, frozen_by, save_adapter
 from jaxmodels.training.meter import trim_host_memory
 from jaxmodels.training.optimizers import make_optimizer
 from jaxmodels.training.run import Run, TrainOutput
 from jaxmodels.training.schedules import Schedule, make_schedule
 from jaxmodels.training.step import Batch, Loss, Metrics, count_items, make_train_step, model_loss
-from jaxmodels.training.trainable import Frozen
+from jaxmodels.training.trainable import Frozen, split
 
 Metric = Callable[..., Mapping[str, Any]]
 
@@ -50,8 +50,8 @@ class Trainer:
         function, compiled with the model. callbacks: beside those that the arguments ask for.
     optimizers: (optax transformation, schedule or None) in place of what the arguments say.
     loss, count: as make_train_step's, in place of the model's own loss; or override `compute_loss`.
-    frozen: as create_train_state's. peft_config: a LoraConfig; the adapter is added where `params` have none, is what is trained, and is
-        what save_model writes.
+    frozen: as create_train_state's. peft_config: a LoraConfig; the adapter is added where `params` have none, is what is trained, but for
+        what is `frozen`, and is what save_model writes.
     A model with rules runs on their mesh; over several processes every process makes its share of each batch."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Metric | None = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
         optimizers: tuple[optax.GradientTransformation | None, Schedule | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         *,
@@ -92,8 +92,12 @@ class Trainer:
         self.optimizer_name = given or " ".join(str(x) for x in (args.optim, args.optim_args, args.optim_target_modules) if x)
         self.frozen, self.peft_config = frozen, peft_config
         if peft_config is not None:
-            params = params if adapter_of(params) else add_lora(model, params, peft_config, jax.random.key(args.seed))
-            self.frozen = frozen or frozen_by(peft_config)
+            if adapter_of(params):
+                check_adapter(model, params, peft_config)
+            else:
+                params = add_lora(model, params, peft_config, jax.random.key(args.seed))
+            kept, fixed = set(flatten(split(params, frozen)[1])), frozen_by(peft_config)
+            self.frozen = lambda name: name in kept or fixed(name)
         options = LossOptions(args.label_smoothing_factor, args.z_loss)
         if loss is not None and options != LossOptions():
             raise ValueError("label_smoothing_factor and z_loss belong to the model's own loss; a loss of your own applies them itself")
@@ -107,7 +111,7 @@ class Trainer:
         reports = [REPORTERS[name] for name in args.report_to or ()]
         shown = [] if args.disable_tqdm else [ProgressCallback]
         self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback, *reports, *callbacks, *shown], model=self.model, processing_class=processing_class, trainer=self
+            [DefaultFlowCallback, *reports, *(callbacks or ()), *shown], model=self.model, processing_class=processing_class, trainer=self
         )
         self.call_event("on_init_end")
 
@@ -231,17 +235,18 @@ class Trainer:
         """Write the parameters, in the dtypes that they were given in, as a Hugging Face directory, output_dir by default, with the
         processing class's files; of a peft_config, the adapter's files."""
         path = self.args.output_dir if output_dir is None else output_dir
-        flat = flatten(self.params)
-        params = unflatten({name: leaf.astype(self._dtypes.get(name, leaf.dtype)) for name, leaf in flat.items()})
         if self.peft_config is None:
-            self.write(path, params)
+            self.write(path, self.params)
         else:
-            save_adapter(path, self.model, params, self.peft_config)
+            save_adapter(path, self.model, self._as_given(self.params), self.peft_config)
             self._write_processing_class(path)
 
+    def _as_given(self, params: Any) -> Any:
+        return unflatten({name: leaf.astype(self._dtypes.get(name, leaf.dtype)) for name, leaf in flatten(params).items()})
+
     def write(self, path: str | Path, params: Any) -> None:
-        """A Hugging Face directory of `params`, with the processing class's files."""
-        save_pretrained(path, self.model, params)
+        """A Hugging Face directory of `params`, in the dtypes that the trainer's were given in, with the processing class's files."""
+        save_pretrained(path, self.model, self._as_given(params))
         self._write_processing_class(path)
 
     def _write_processing_class(self, path: str | Path) -> None:
