@@ -11,7 +11,8 @@ from jaxmodels.generation.dola import DoLa
 from jaxmodels.generation.drafts import DraftModel, PromptLookup
 from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.healing import heal_tokens
-from jaxmodels.generation.loop import GenerateOutput, TurnCache, bucket, generate
+from jaxmodels.generation.inputs import bucket
+from jaxmodels.generation.loop import GenerateOutput, generate
 from jaxmodels.generation.processors import (
     EncoderNoRepeatNGram,
     EncoderRepetitionPenalty,
@@ -47,6 +48,7 @@ from jaxmodels.generation.scores import compute_transition_scores
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.streamers import TextIteratorStreamer, TextStreamer
 from jaxmodels.generation.synthid import BayesianDetector, SynthIDTextWatermarkDetector
+from jaxmodels.generation.turn_cache import TurnCache
 from jaxmodels.generation.watermark import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkDetectorOutput, WatermarkingConfig
 
 __all__ = [

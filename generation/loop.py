@@ -8,10 +8,8 @@ V vocabulary."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-import warnings
 from functools import partial
 from typing import Any
 
@@ -21,18 +19,17 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxmodels.cache import KV, Cache, init_cache
-from jaxmodels.cache_offloaded import OffloadedKV
-from jaxmodels.caches import cache_implementation
+from jaxmodels.cache import Cache, init_cache
 from jaxmodels.generation.assistants import ROUNDS, build_drafter, build_reencoder, recall
-from jaxmodels.generation.assisted import Assistance, Assisted, Memory, Progress
+from jaxmodels.generation.assisted import Assistance, Assisted, Progress
 from jaxmodels.generation.beam import BeamSearch
 from jaxmodels.generation.compilation_cache import enable_compilation_cache
 from jaxmodels.generation.config import GenerationConfig
 from jaxmodels.generation.grammar import Grammar, GrammarMask
-from jaxmodels.generation.guidance import GuidedCache, guided, negative_prompt, read_both
+from jaxmodels.generation.guidance import guided, negative_prompt, read_both
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
+from jaxmodels.generation.inputs import bucket, concrete, digest, eos_ids, kept_as, new_tokens, read_prompt
 from jaxmodels.generation.prefill import in_chunks
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.recompute import recomputes, reread, transcript
@@ -41,40 +38,12 @@ from jaxmodels.generation.seq2seq import decoder_prompt
 from jaxmodels.generation.states import check_states, read_states
 from jaxmodels.generation.stopping import StopStrings
 from jaxmodels.generation.strategies import build_strategy, check, contrastive
+from jaxmodels.generation.turn_cache import TurnCache, before_beams, columns, conditional, takes_back, turn
 from jaxmodels.generation.universal import Reencoder
-from jaxmodels.model import check_ids
 from jaxmodels.outputs import ModelOutput
 from jaxmodels.sharding.processes import agree, from_first, spans, telling, to_host
 
-DEFAULT_NEW_TOKENS = 20
 SMOOTH = 0.05  # seconds: chunks of a stream grow while they take less
-
-
-class TurnCache(Cache, kw_only=True):
-    """A cache after `generate`. The model has not read each row's newest token, `token` [B], where `unread` [B] is true: the next
-    `generate` with this cache does so first, a loop of one's own must. After beam search nothing of the answer is read: both [B,N].
-    `memory`: what a draft model has read."""
-
-    token: jax.Array
-    unread: jax.Array
-    memory: Memory | None = None
-
-    def advance(self, positions: jax.Array) -> Cache:
-        return self.plain().advance(positions)  # whoever calls the model decides what it reads
-
-    def take(self, rows: jax.Array) -> TurnCache:
-        taken = self.plain().take(rows)
-        return _turn(taken, self.token[rows], self.unread[rows], None if self.memory is None else self.memory.take(rows))
-
-    def crop(self, max_length: int) -> Cache:
-        return self.plain().crop(max_length)  # of what was read: the newest token goes in any case
-
-    def plain(self) -> Cache:
-        return Cache(self.layers, self.positions, self.index)
-
-
-def _turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | None = None) -> TurnCache:
-    return TurnCache(cache.layers, cache.positions, cache.index, token=token, unread=unread, memory=memory)
 
 
 @struct.dataclass
@@ -122,12 +91,6 @@ class Report:
     result: Result
     steps: jax.Array
     done: jax.Array
-
-
-def bucket(n: int) -> int:
-    """The padded size for n: multiples of 16, from 128 on of an eighth of the next power of two (at most a quarter more than n)."""
-    step = max(16, (1 << (n - 1).bit_length()) // 8) if n > 1 else 16
-    return -(-n // step) * step
 
 
 def generate(
@@ -187,22 +150,22 @@ def generate(
         drafter = build_drafter(config, model, params, assistant_model, (tokenizer, assistant_tokenizer), cache)
         if config.output_hidden_states or config.output_attentions:
             check_states(cache)
-        kept = _kept(config, cache)
+        kept = kept_as(config, cache)
         if config.token_healing:
             again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
-            input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
+            input_ids, attention_mask = heal_tokens(again, concrete(input_ids), tokenizer)
         source = None
         if model.config.is_encoder_decoder:
             if cache is None:
-                source = _prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
+                source = read_prompt(input_ids, attention_mask, config, model.config.vocab_size, None)
             input_ids, attention_mask = decoder_prompt(config, input_ids, decoder_input_ids, decoder_attention_mask, cache)
-        ids, real = _prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
+        ids, real = read_prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
         traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
         T = ids.shape[1]
-        limit = _new_tokens(config, T, model.config)
+        limit = new_tokens(config, T, model.config)
         if together:
-            drawn = _hash(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
-            prompts = {"input_ids and attention_mask (hash)": _hash(ids, real), "of the encoder (hash)": _hash(*(source or ()))}
+            drawn = digest(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
+            prompts = {"input_ids and attention_mask (hash)": digest(ids, real), "of the encoder (hash)": digest(*(source or ()))}
             agree("generate", **prompts, **{"key (hash)": drawn}, streamer=streamer is not None, **config.to_dict())
         deadline = None if config.max_time is None else time.perf_counter() + config.max_time
         if traced and deadline is not None:
@@ -222,7 +185,7 @@ def generate(
 
     if isinstance(cache, TurnCache):
         cache = cache.replace(memory=recall(drafter, cache.memory))
-    unread = _columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
+    unread = columns(cache.unread).shape[1] if isinstance(cache, TurnCache) else 0
     P = bucket(max(T + unread, 0 if negative is None else negative[0].shape[1]))
     chunk = config.prefill_chunk_size
     chunk = None if chunk is None or chunk >= P else chunk
@@ -234,11 +197,11 @@ def generate(
     ids_wide, real_wide = widen(ids), widen(real)
     width = 0 if source is None else source[0].shape[1]
     source = None if source is None else tuple(widen(x, bucket(width)) for x in source)
-    eos = _eos_ids(config.eos_token_id)
+    eos = eos_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
+        streamer.put(np.repeat(concrete(ids), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
     with called() as own:
         processors = build_processors(
             config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,
@@ -289,8 +252,8 @@ def _prefill(
     in_chunks."""
     memory = None
     if isinstance(cache, TurnCache):
-        ids = jnp.concatenate([_columns(cache.token), ids], 1)
-        real = jnp.concatenate([_columns(cache.unread), real], 1)
+        ids = jnp.concatenate([columns(cache.token), ids], 1)
+        real = jnp.concatenate([columns(cache.unread), real], 1)
         memory, cache = cache.memory, cache.plain()
     ids, real = _to_the_right(ids, real)
     (B, P), W, copies = ids.shape, slots + 1, strategy.copies
@@ -302,7 +265,7 @@ def _prefill(
         seen, cache = read_both(forward, (ids, real), _to_the_right(*negative), empty(2 * B))
     prompt = None
     if isinstance(strategy, BeamSearch):
-        prompt = tuple(None if _takes_back(layer) else layer for layer in _conditional(cache).layers)
+        prompt = tuple(None if takes_back(layer) else layer for layer in conditional(cache).layers)
     if copies > 1:
         rows = jnp.repeat(jnp.arange(B), copies)
         seen, ids, real = jax.tree.map(lambda x: x[rows], (seen, ids, real))
@@ -363,44 +326,19 @@ def _chunks(
             streamer.end()
 
 
-def _takes_back(state: Any) -> bool:
-    """Whether tokens that a layer has read leave no trace when their slots are emptied."""
-    return isinstance(getattr(state, "own", state), KV | OffloadedKV)
-
-
-def _before_beams(state: State, B: int, rows: int) -> Cache:
-    """What `rows` results of B prompts have in common: the cache as it was after the prompt."""
-    cache = _conditional(state.cache)
-    beams, copies, read = len(cache.positions) // B, rows // B, state.sequences.new - 1
-    of_beams, of_prompts = (jnp.repeat(jnp.arange(0, n, step), copies) for n, step in ((B * beams, beams), (B, 1)))
-    states = tuple(now.take(of_beams) if then is None else then.take(of_prompts) for now, then in zip(cache.layers, state.prompt))
-    positions = cache.positions[of_beams]
-    positions = jnp.where(positions < (positions.max(1, keepdims=True) + 1 - read), positions, -1)
-    return cache.replace(layers=states, positions=positions, index=cache.index - read)
-
-
-def _conditional(cache: Cache) -> Cache:
-    return cache.conditional() if isinstance(cache, GuidedCache) else cache
-
-
-def _columns(x: jax.Array) -> jax.Array:
-    """[B,U] of [B,U] or [B]."""
-    return x[:, None] if x.ndim == 1 else x
-
-
 def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> GenerateOutput:
     xp: Any
     last = report.result.last
-    kept: Any = _conditional(state.cache)
+    kept: Any = conditional(state.cache)
     rows = len(last[0])
     if recomputes(kept):
         kept = None
     elif last[0].ndim == 2:
-        kept = _before_beams(state, len(ids), rows)
+        kept = before_beams(state, len(ids), rows)
     elif len(kept.positions) > rows:
         kept = kept.take(jnp.arange(0, len(kept.positions), len(kept.positions) // rows))
     memory = state.extra.memory if isinstance(state.extra, Progress) else None
-    cache = None if kept is None else _turn(kept, *last, memory)
+    cache = None if kept is None else turn(kept, *last, memory)
     if isinstance(report.steps, jax.core.Tracer):
         xp, result, n, steps, records = jnp, report.result, limit, limit, (state.scores, state.logits)
     else:
@@ -416,79 +354,3 @@ def _output(ids: Any, state: State, report: Report, limit: int, pad: int) -> Gen
     return GenerateOutput(
         xp.concatenate([ids, tokens], 1), scores, logits, cache, lengths, result.sequences_scores, beams, result.assistance
     )
-
-
-def _prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, vocab_size: int, cache: Cache | None) -> tuple[Any, Any]:
-    """ids [B,T] int32 and real [B,T] bool, numpy arrays unless they are traced; ValueError for what cannot be continued."""
-    traced = isinstance(input_ids, jax.core.Tracer) or isinstance(attention_mask, jax.core.Tracer)
-    xp: Any = jnp if traced else np
-    ids = xp.asarray(input_ids if traced else to_host(input_ids))
-    if ids.size == 0:
-        ids = ids.astype(np.int32)
-    if ids.ndim != 2:
-        raise ValueError(f"input_ids must be integers [B,T]; found shape {ids.shape}")
-    B, T = ids.shape
-    if attention_mask is not None:
-        real = xp.asarray(attention_mask if traced else to_host(attention_mask)) != 0
-        if real.ndim == 2 and cache is not None:
-            real = real[:, -T:] if T else real[:, :0]  # HF's loops pass the whole conversation's mask
-        if real.shape != (B, T):
-            raise ValueError(f"attention_mask has shape {real.shape}; expected that of input_ids, [B,T] = [{B},{T}]")
-    else:
-        pad, ends = config.pad_token_id, config.eos_token_id
-        padded = pad is not None and pad not in (ends if isinstance(ends, tuple) else (ends,))
-        real = (ids != pad) | ~(ids == pad).any() if padded else xp.ones((B, T), bool)
-    check_ids(xp.where(real, ids, 0) if ids.size else ids, vocab_size)
-    if cache is not None and cache.positions.shape[0] != B:
-        raise ValueError(f"the cache holds {cache.positions.shape[0]} rows and input_ids {B}; repeat rows of a cache with cache.take(rows)")
-    if not traced and not (cache is not None and isinstance(cache.positions, jax.core.Tracer)):
-        ready = real.any(1) | (to_host(_columns(cache.unread)).any(1) if isinstance(cache, TurnCache) else False)
-        if not ready.all():
-            raise ValueError(f"rows {np.flatnonzero(~ready).tolist()} of input_ids hold no token: their attention_mask is 0 everywhere")
-    return ids.astype(np.int32), real
-
-
-def _hash(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in arrays)).hexdigest()
-
-
-def _kept(config: GenerationConfig, cache: Cache | None) -> Any:
-    """How a new cache is kept, as jaxmodels.caches says; False for no cache at all."""
-    made = cache_implementation(config.cache_implementation, config.cache_config)
-    if cache is not None and (made is not None or config.use_cache is False):
-        found = f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}"
-        raise ValueError(f"{found} beside a cache, which is kept as it was made: leave out the options or the cache")
-    if config.use_cache is False and made is not None:
-        warnings.warn(f"use_cache=False: cache_implementation={config.cache_implementation!r} is without effect", stacklevel=3)
-    if config.use_cache is False and contrastive(config):
-        raise ValueError("use_cache=False: contrastive search copies what it has read of a candidate; leave out use_cache or penalty_alpha")
-    return False if config.use_cache is False else made
-
-
-def _new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:
-    """How many tokens to generate after T columns of prompt, by HF's rules."""
-    if config.max_new_tokens is not None:
-        wanted: Any = config.max_new_tokens
-    elif config.max_length is not None:
-        wanted = config.max_length - T
-    else:
-        wanted = min(DEFAULT_NEW_TOKENS, (getattr(model_config, "max_position_embeddings", None) or T + DEFAULT_NEW_TOKENS) - T)
-        warnings.warn(f"neither max_new_tokens nor max_length is set: generating {wanted} tokens at most", stacklevel=3)
-    if isinstance(wanted, jax.core.Tracer):
-        raise ValueError("max_new_tokens decides shapes: make it static in jax.jit, static_argnames=('max_new_tokens',)")
-    if wanted <= 0:
-        raise ValueError(f"input_ids have {T} columns and max_length leaves no room (max_length={config.max_length}); set max_new_tokens")
-    return wanted
-
-
-def _eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
-    """[E] int32, filled up with -1 so that another number of ids is the same program."""
-    ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
-    width = max(8, 1 << (len(ids) - 1).bit_length() if ids else 0)
-    return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
-
-
-def _concrete(ids: Any) -> np.ndarray:
-    if isinstance(ids, jax.core.Tracer):
-        raise ValueError("a streamer runs on the host, in chunks: it cannot be used inside jax.jit")
-    return ids

@@ -20,6 +20,7 @@ from flax import struct
 from jaxmodels.cache import Cache, SlidingKV
 from jaxmodels.generation.assisted import Assisted, Drafts, Memory, Progress, Ragged
 from jaxmodels.generation.drafts import DraftModel, count, progress, scheduled
+from jaxmodels.generation.inputs import bucket
 from jaxmodels.generation.processors_base import Sequences, kind
 from jaxmodels.generation.sampling import Result, State
 from jaxmodels.generation.vocabulary import token_bytes
@@ -130,8 +131,6 @@ class Reencoder:
     ) -> tuple[Drafts, list[list[int]]]:
         """Up to num [B] tokens after each row, and as the assistant's. What it has read before, it need not read again; room is for `limit`
         more."""
-        from jaxmodels.generation.loop import bucket
-
         same = [common(old, new[:-1]) for old, new in zip(self.read, ids)] if self.memory is not None else [0] * len(ids)
         P = bucket(max(len(row) - n for row, n in zip(ids, same)))
         wide, real = np.zeros((len(ids), P), np.int32), np.zeros((len(ids), P), bool)
