@@ -38,6 +38,8 @@ BEAMS_ONLY = {"early_stopping": False, "length_penalty": 1.0}
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
+ABOVE_0 = "a number above 0 (for greedy decoding set do_sample=False)"  # 0 is in files of models that decode greedily
+
 # value -> what it must be, where the option is set
 CHECKS: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (lambda x: _whole(x) and x > 0, "an integer above 0"),
@@ -45,7 +47,7 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "min_new_tokens": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
     "min_length": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
-    "temperature": (lambda x: _real(x) and x > 0, "a number above 0 (for greedy decoding set do_sample=False)"),
+    "temperature": (lambda x: _real(x) and x >= 0, ABOVE_0),
     "top_k": (lambda x: _whole(x) and x >= 0, "an integer, 0 for no limit"),
     "top_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "min_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
@@ -270,6 +272,8 @@ class GenerationConfig:
                     f"{name}={getattr(full, name)!r} is not supported: {reason}. Tokens are drafted by assistant_model, "
                     "assistant_early_exit or prompt_lookup_num_tokens"
                 )
+        if full.do_sample and not isinstance(full.temperature, jax.core.Tracer) and full.temperature == 0:
+            raise ValueError(f"temperature is {full.temperature!r}; expected {ABOVE_0}")
         full._check_tokens(model_config.vocab_size)
         used = {"top_k"} if full.penalty_alpha is not None else set()
         idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and k not in used and _differs(getattr(self, k), off)]

@@ -187,7 +187,7 @@ def generate(
     kept = _kept(config, cache)
     if config.token_healing:
         again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
-        input_ids, attention_mask = heal_tokens(again, _concrete(input_ids), tokenizer)
+        input_ids, attention_mask = heal_tokens(again, _concrete(input_ids, "token_healing"), tokenizer, cache)
     source = None
     if model.config.is_encoder_decoder:
         if cache is None:
@@ -237,7 +237,7 @@ def generate(
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:
-        streamer.put(np.repeat(_concrete(ids), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
+        streamer.put(np.repeat(_concrete(ids, "a streamer"), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
     with called() as own:
         processors = build_processors(
             config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,
@@ -483,7 +483,7 @@ def _eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
     return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
 
 
-def _concrete(ids: Any) -> np.ndarray:
+def _concrete(ids: Any, what: str) -> np.ndarray:
     if isinstance(ids, jax.core.Tracer):
-        raise ValueError("a streamer runs on the host, in chunks: it cannot be used inside jax.jit")
+        raise ValueError(f"{what} runs on the host: it cannot be used inside jax.jit")
     return ids
