@@ -124,7 +124,7 @@ def test_temperature_0_is_for_greedy_decoding():
     """Many a file and many a call says so."""
     config = LlamaConfig(generation_config={"temperature": 0.0, "do_sample": False})
     assert GenerationConfig().filled(config).temperature == 0
-    with pytest.raises(ValueError, match="temperature is 0.0; expected a number above 0"):
+    with pytest.raises(ValueError, match=r"temperature is 0\.0; expected a number above 0"):
         GenerationConfig(do_sample=True).filled(config)
     assert GenerationConfig(do_sample=True, temperature=0.5).filled(config).temperature == 0.5
     with pytest.warns(UserWarning, match="temperature: without effect"):
