@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -220,10 +220,11 @@ class GenerationConfig:
         return {**self.extra, **{k: _thaw(v) for k, v in self._set().items()}}
 
     @classmethod
-    def from_model_config(cls, config: Any) -> Self:
-        """What a model's config says about generation: its special tokens, and before them what its generation_config.json says."""
+    def from_model_config(cls, config: Any, without: Iterable[str] = ()) -> Self:
+        """What a model's config says about generation: its special tokens, and before them what its generation_config.json says. `without`:
+        options that are not looked at, for what is wrong there does no harm."""
         tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")}
-        return cls.from_dict({**tokens, **config.generation_config})
+        return cls.from_dict({k: v for k, v in {**tokens, **config.generation_config}.items() if k not in without})
 
     @classmethod
     def from_pretrained(
@@ -262,7 +263,7 @@ class GenerationConfig:
     def filled(self, model_config: Any) -> Self:
         """With the checkpoint's options, then HF's defaults, in place of what is unset, lengths aside. ValueError names options that are
         active and not supported, contradict each other or name tokens that the model does not have; a warning those without effect."""
-        own = GenerationConfig.from_model_config(model_config)
+        own = GenerationConfig.from_model_config(model_config, self._set())
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
         defaults |= {"num_beams": 1, "num_beam_groups": 1, "early_stopping": False, "length_penalty": 1.0}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})

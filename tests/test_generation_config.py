@@ -131,6 +131,13 @@ def test_temperature_0_is_for_greedy_decoding():
         assert not GenerationConfig(temperature=0).filled(LlamaConfig()).do_sample
 
 
+def test_a_call_overrides_what_is_wrong_in_the_file():
+    config = LlamaConfig(generation_config={"top_k": -1})
+    with pytest.raises(ValueError, match="top_k is -1"):
+        GenerationConfig().filled(config)
+    assert GenerationConfig(top_k=0).filled(config).top_k == 0
+
+
 def test_unknown_arguments_are_kept_or_returned(tmp_path):
     """As transformers documents them: from_dict and from_pretrained keep what they do not know, or hand it back when asked."""
     config, unused = GenerationConfig.from_dict({"top_k": 3, "house": 1}, return_unused_kwargs=True, top_k=5, foo="bar")
