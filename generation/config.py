@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +38,8 @@ BEAMS_ONLY = {"early_stopping": False, "length_penalty": 1.0}
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 TOKENS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
+ABOVE_0 = "a number above 0 (for greedy decoding set do_sample=False)"  # 0 is in files of models that decode greedily
+
 # value -> what it must be, where the option is set
 CHECKS: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (lambda x: _whole(x) and x > 0, "an integer above 0"),
@@ -45,7 +47,7 @@ CHECKS: dict[str, tuple[Any, str]] = {
     "min_new_tokens": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
     "min_length": (lambda x: _whole(x) and x >= 0, "an integer, 0 or more"),
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
-    "temperature": (lambda x: _real(x) and x > 0, "a number above 0 (for greedy decoding set do_sample=False)"),
+    "temperature": (lambda x: _real(x) and x >= 0, ABOVE_0),
     "top_k": (lambda x: _whole(x) and x >= 0, "an integer, 0 for no limit"),
     "top_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "min_p": (lambda x: _real(x) and 0 <= x <= 1, "a number from 0 to 1"),
@@ -218,10 +220,11 @@ class GenerationConfig:
         return {**self.extra, **{k: _thaw(v) for k, v in self._set().items()}}
 
     @classmethod
-    def from_model_config(cls, config: Any) -> Self:
-        """What a model's config says about generation: its special tokens, and before them what its generation_config.json says."""
+    def from_model_config(cls, config: Any, without: Iterable[str] = ()) -> Self:
+        """What a model's config says about generation: its special tokens, and before them what its generation_config.json says. `without`:
+        options that are not looked at, for what is wrong there does no harm."""
         tokens = {name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")}
-        return cls.from_dict({**tokens, **config.generation_config})
+        return cls.from_dict({k: v for k, v in {**tokens, **config.generation_config}.items() if k not in without})
 
     @classmethod
     def from_pretrained(
@@ -260,7 +263,7 @@ class GenerationConfig:
     def filled(self, model_config: Any) -> Self:
         """With the checkpoint's options, then HF's defaults, in place of what is unset, lengths aside. ValueError names options that are
         active and not supported, contradict each other or name tokens that the model does not have; a warning those without effect."""
-        own = GenerationConfig.from_model_config(model_config)
+        own = GenerationConfig.from_model_config(model_config, self._set())
         defaults = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": 1}
         defaults |= {"num_beams": 1, "num_beam_groups": 1, "early_stopping": False, "length_penalty": 1.0}
         full = dataclasses.replace(self, **{k: v for k, v in {**defaults, **own._set()}.items() if getattr(self, k) is None})
@@ -270,6 +273,8 @@ class GenerationConfig:
                     f"{name}={getattr(full, name)!r} is not supported: {reason}. Tokens are drafted by assistant_model, "
                     "assistant_early_exit or prompt_lookup_num_tokens"
                 )
+        if full.do_sample and not isinstance(full.temperature, jax.core.Tracer) and full.temperature == 0:
+            raise ValueError(f"temperature is {full.temperature!r}; expected {ABOVE_0}")
         full._check_tokens(model_config.vocab_size)
         used = {"top_k"} if full.penalty_alpha is not None else set()
         idle = [k for k, off in SAMPLING_ONLY.items() if not full.do_sample and k not in used and _differs(getattr(self, k), off)]

@@ -247,7 +247,7 @@ class ConstrainedBeamSearch(OlderBeamSearch):
         turn = jnp.where(valid, order - lax.cummax(jnp.where(begins, order, 0), axis=1), len(order))
         chosen = jnp.take_along_axis(sort, jnp.argsort(turn, axis=1, stable=True)[:, :M], 1)
         chosen = jnp.where(valid[:, M:].any(1, keepdims=True), chosen, order[:M])
-        return both.take(chosen), pick(progress, chosen)
+        return dataclasses.replace(both, there=both.there & (order < M)).take(chosen), pick(progress, chosen)
 
     def _may_end(self, beams: Beams, found: Hypotheses, new: jax.Array) -> jax.Array:
         return jnp.take_along_axis(beams.progress.completed, found.beams[:, :, new] % self.copies, 1)

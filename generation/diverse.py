@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jaxmodels.generation.beam import LOW, Beams, BeamSearch, Hypotheses
 from jaxmodels.generation.processors import kind
@@ -33,12 +34,15 @@ class OlderBeamSearch(BeamSearch):
         beaten &= self._improvable(found, finished, new + 1)
         improvable = beams.improvable & (beaten | ~finished.there.all(1, keepdims=True))
         last = new + 1 >= self.max_new_tokens
-        finished = self._add(finished, running, self._ready(running, progress) & last & improvable, new + 1)
+        left = self._ready(running, progress) & ~running.there
+        finished = self._add(finished, running, left & last & improvable, new + 1)
         return Beams(running, finished, improvable, improvable.any() & ~last, progress)
 
     def _go_on(self, beams: Beams, found: Hypotheses, ends: jax.Array, new: jax.Array) -> tuple[Hypotheses, Any]:
-        """The hypotheses that the next step continues, and their progress."""
-        return dataclasses.replace(found, scores=found.scores + ends * LOW).best(beams.running.scores.shape[1]), None
+        """The hypotheses that the next step continues, `there` if they end all the same, and their progress."""
+        order = jnp.where(ends, LOW, jnp.maximum(found.scores, LOW / 2))  # what a processor forbids comes before what ends
+        places = lax.top_k(order, beams.running.scores.shape[1])[1]
+        return dataclasses.replace(found, scores=found.scores + ends * LOW, there=ends).take(places), None
 
     def _may_end(self, beams: Beams, found: Hypotheses, new: jax.Array) -> Any:
         """Which candidates [B,C] may end, those that do."""
@@ -49,8 +53,10 @@ class OlderBeamSearch(BeamSearch):
         return jnp.ones(running.scores.shape, bool)
 
     def _add(self, finished: Hypotheses, others: Hypotheses, which: jax.Array, length: jax.Array) -> Hypotheses:
-        """The best of the finished hypotheses [B,M] and of those of `others` [B,C] where `which` [B,C]."""
-        scores = others.scores / length.astype(jnp.float32) ** self.length_penalty + ~which * LOW
+        """The best of the finished hypotheses [B,M] and of those of `others` [B,C] where `which` [B,C]. One with a token that a processor
+        forbids is better than none."""
+        scores = others.scores / length.astype(jnp.float32) ** self.length_penalty
+        scores = jnp.where(which, jnp.maximum(scores, LOW / 2), LOW)
         return finished.join(dataclasses.replace(others, scores=scores, there=which)).best(finished.scores.shape[1])
 
 

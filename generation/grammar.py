@@ -18,6 +18,7 @@ from jaxmodels.generation.regex import compile_regex
 from jaxmodels.generation.vocabulary import token_bytes, walk
 
 LONGEST = 32  # bytes: longer tokens are never chosen
+FORBIDDEN = -1e8  # the logit of what the grammar allows and others forbid; below that of every beam which is not
 CHUNK = 64  # states whose tokens are looked at together
 
 
@@ -88,7 +89,8 @@ class Grammar:
 
 @struct.dataclass
 class GrammarMask:
-    """Only what the grammar among the followers lets come next, and the ends `eos_token_id` [E], -1 for none, where the text may end."""
+    """Only what the grammar among the followers lets come next, and the ends `eos_token_id` [E], -1 for none, where the text may end.
+    Where all of it has -inf already (DoLa does so to what is unlikely), it is better than what breaks the grammar."""
 
     eos_token_id: Any
     kind: str = kind("GrammarMask")
@@ -100,7 +102,9 @@ class GrammarMask:
         allowed = bits.reshape(len(words), -1)[:, : logits.shape[1]].astype(bool)
         ends = jnp.broadcast_to(grammar.accept[grammar.state][:, None], (len(words), len(self.eos_token_id)))
         allowed = allowed.at[:, drop(self.eos_token_id, logits)].set(ends, mode="drop")
-        return jnp.where(allowed, logits, -jnp.inf)
+        kept = jnp.where(allowed, logits, -jnp.inf)
+        dead = kept.max(-1, keepdims=True) == -jnp.inf
+        return jnp.where(dead & allowed, FORBIDDEN, kept)
 
 
 def _masks(goto: np.ndarray, accept: np.ndarray, tokens: tuple[bytes, ...], pattern: str) -> np.ndarray:

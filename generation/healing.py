@@ -9,10 +9,12 @@ import numpy as np
 FAVOUR, OWN = 10.0, 1.0  # of all tokens that begin as the last one does, and of the last one itself, in logits
 
 
-def heal_tokens(generate: Any, input_ids: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def heal_tokens(generate: Any, input_ids: Any, tokenizer: Any, cache: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """HF's heal_tokens: ids [B,T'] and whether they are real. The prompts are read as text, stripped and tokenised again; the last token
     of each is written anew by `generate(input_ids [1,T], attention_mask, sequence_bias, max_new_tokens=1)`, among all that begin as it
     does. A prompt of a single token is continued from bos."""
+    if cache is not None:
+        raise ValueError("token_healing reads prompts from their beginning: leave it out, or pass the whole conversation without a cache")
     if tokenizer is None:
         raise ValueError("token_healing reads the prompt as text: pass tokenizer=, the model's tokenizer")
     pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id

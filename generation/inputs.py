@@ -95,9 +95,9 @@ def eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
     return np.array([*ids, *[-1] * (width - len(ids))], np.int32)
 
 
-def concrete(ids: Any) -> np.ndarray:
+def concrete(ids: Any, what: str) -> np.ndarray:
     if isinstance(ids, jax.core.Tracer):
-        raise ValueError("a streamer runs on the host, in chunks: it cannot be used inside jax.jit")
+        raise ValueError(f"{what} runs on the host: it cannot be used inside jax.jit")
     return ids
 
 

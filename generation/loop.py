@@ -153,7 +153,7 @@ def generate(
         kept = kept_as(config, cache)
         if config.token_healing:
             again = partial(generate, model, params, do_sample=False, num_beams=1, token_healing=False)
-            input_ids, attention_mask = heal_tokens(again, concrete(input_ids), tokenizer)
+            input_ids, attention_mask = heal_tokens(again, concrete(input_ids, "token_healing"), tokenizer, cache)
         source = None
         if model.config.is_encoder_decoder:
             if cache is None:
@@ -177,7 +177,7 @@ def generate(
         criteria = stopping_criteria
         if deadline is not None and beams > 1:
             criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
-        called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams, traced)
+        called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams // config.num_beam_groups, traced)
         stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
         if grammar is not None:
             stops = (grammar, *stops)
@@ -201,7 +201,7 @@ def generate(
     pad = config.pad_token_id if config.pad_token_id is not None else max(int(eos[0]), 0)
     record = (bool(config.output_scores), bool(config.output_logits))
     if streamer is not None:
-        streamer.put(np.repeat(concrete(ids), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
+        streamer.put(np.repeat(concrete(ids, "a streamer"), config.num_return_sequences, 0))  # type: ignore[arg-type]  # filled
     with called() as own:
         processors = build_processors(
             config, eos, prompt_length=T, new_tokens=limit, encoder=source or (ids_wide, real_wide), custom=own.custom,

@@ -44,7 +44,8 @@ class StopStrings:
         if (words, vocab_size) not in kept:
             while len(kept) >= KEPT:
                 kept.pop(next(iter(kept)))
-            kept[words, vocab_size] = jnp.asarray(cls._table(tokenizer, words, vocab_size))
+            with jax.ensure_compile_time_eval():  # what is kept must not belong to a trace
+                kept[words, vocab_size] = jnp.asarray(cls._table(tokenizer, words, vocab_size))
         return cls(kept[words, vocab_size])
 
     @staticmethod

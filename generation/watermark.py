@@ -323,7 +323,8 @@ def _seeds(key: int, vocab_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _table(key: int) -> jax.Array:
-    return jnp.asarray(permutation(TABLE, key).astype(np.int32))
+    with jax.ensure_compile_time_eval():  # what is kept must not belong to a trace
+        return jnp.asarray(permutation(TABLE, key).astype(np.int32))
 
 
 @functools.lru_cache(maxsize=8)

@@ -120,6 +120,24 @@ def test_the_checkpoints_options_come_before_the_defaults():
     assert GenerationConfig().filled(LlamaConfig(eos_token_id=2)).eos_token_id == 2
 
 
+def test_temperature_0_is_for_greedy_decoding():
+    """Many a file and many a call says so."""
+    config = LlamaConfig(generation_config={"temperature": 0.0, "do_sample": False})
+    assert GenerationConfig().filled(config).temperature == 0
+    with pytest.raises(ValueError, match=r"temperature is 0\.0; expected a number above 0"):
+        GenerationConfig(do_sample=True).filled(config)
+    assert GenerationConfig(do_sample=True, temperature=0.5).filled(config).temperature == 0.5
+    with pytest.warns(UserWarning, match="temperature: without effect"):
+        assert not GenerationConfig(temperature=0).filled(LlamaConfig()).do_sample
+
+
+def test_a_call_overrides_what_is_wrong_in_the_file():
+    config = LlamaConfig(generation_config={"top_k": -1})
+    with pytest.raises(ValueError, match="top_k is -1"):
+        GenerationConfig().filled(config)
+    assert GenerationConfig(top_k=0, do_sample=True).filled(config).top_k == 0
+
+
 def test_unknown_arguments_are_kept_or_returned(tmp_path):
     """As transformers documents them: from_dict and from_pretrained keep what they do not know, or hand it back when asked."""
     config, unused = GenerationConfig.from_dict({"top_k": 3, "house": 1}, return_unused_kwargs=True, top_k=5, foo="bar")

@@ -148,6 +148,17 @@ def test_another_grammar_of_the_size_compiles_nothing(tokenizer, model):
     assert found == []
 
 
+def test_what_others_forbid_does_not_break_the_grammar(tokenizer, model):
+    """DoLa, for one, leaves -inf for all that the grammar allows."""
+    V, end = model[0].config.vocab_size, tokenizer.eos_token_id
+    begun = Sequences.of(np.full((2, 1), 5)).follow((Grammar.regex(tokenizer, "(yes|no)", V),))
+    logits = np.full((2, V), -np.inf, np.float32)
+    logits[:, end], logits[1, tokenizer.encode("n", add_special_tokens=False)[0]] = 1.0, 0.5
+    first = [tokenizer.decode([n]) for n in GrammarMask(np.array([end]))(begun, jnp.asarray(logits)).argmax(-1)]
+    assert "yes".startswith(first[0]) or "no".startswith(first[0])
+    assert first[0] and first[1] == "n"
+
+
 def test_what_no_token_spells(tokenizer, model):
     with pytest.raises(ValueError, match="no tokens that spell"):
         Grammar.regex(tokenizer, "a", 3)

@@ -59,6 +59,12 @@ def test_stop_strings_are_transformers(pair, words, cut):
     assert stops(mine, words, ids) == want
 
 
+def test_tables_outlive_the_trace_that_made_them(pair):
+    tokenizer, _ = pair
+    states = lambda: StopStrings.of(tokenizer, ["within a trace"], len(tokenizer)).table
+    np.testing.assert_array_equal(jax.jit(states)(), np.asarray(states()))
+
+
 def test_a_string_may_begin_in_the_prompt(pair):
     tokenizer, _ = pair
     ids = np.array([tokenizer.encode("a return", add_special_tokens=False)])
@@ -114,7 +120,11 @@ def test_healing_equals_transformers(tmp_path):
         assert (real == (want != mine.pad_token_id)).all()
     out = generate(net, params, ids, max_new_tokens=3, token_healing=True, tokenizer=mine)
     np.testing.assert_array_equal(out.sequences[:, :-3], want)
-    with pytest.raises(ValueError, match="token_healing reads the prompt"):
+    with pytest.raises(ValueError, match="token_healing reads prompts from their beginning"):
+        generate(net, params, ids, max_new_tokens=3, token_healing=True, tokenizer=mine, cache=out.cache)
+    with pytest.raises(ValueError, match="token_healing runs on the host"):
+        jax.jit(lambda ids: generate(net, params, ids, max_new_tokens=3, token_healing=True, tokenizer=mine).sequences)(ids)
+    with pytest.raises(ValueError, match="token_healing reads the prompt as text"):
         generate(net, params, ids, max_new_tokens=3, token_healing=True)
 
 

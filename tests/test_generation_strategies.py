@@ -179,3 +179,31 @@ def test_bad_options(options, words):
     with compilations() as found, pytest.raises(ValueError, match=words):
         generate(*ours(), np.full((1, 9), 5), **{"max_new_tokens": 4, **options})
     assert found == []
+
+
+def allowed(row, ids):
+    return [(int(ids[-1]) * 7 + k * 13 + int(row) * 5) % 98 + 3 for k in range(6)]
+
+
+def test_groups_follow_prefixes():
+    """transformers 4.45.2's first hypotheses of prompts 0 and 2, with a function that also looks at the row."""
+    ids, mask = prompts()
+    options = GROUPS | {"num_beams": 4, "num_beam_groups": 2, "num_return_sequences": 2, "diversity_penalty": 0.7, "max_new_tokens": 10}
+    out = generate(*ours(), ids[[0, 2]], mask[[0, 2]], prefix_allowed_tokens_fn=allowed, **options)
+    want = [
+        [33, 5, 5, 5, 77, 19, 5, 5, 5, 51],
+        [33, 5, 5, 5, 77, 19, 5, 5, 5, 5],
+        [43, 54, 20, 89, 43, 67, 98, 8, 31, 81],
+        [43, 54, 20, 89, 43, 67, 98, 8, 31, 94],
+    ]
+    assert out.sequences[:, T:].tolist() == want
+
+
+def test_hypotheses_that_forbidden_tokens_end():
+    """Constraints against another processor: what cannot be said is no reason for an empty row, or for the same hypothesis twice."""
+    ids, mask = prompts()
+    options = FORCED | {"max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 2, "force_words_ids": [[11, 12], [40]]}
+    for other in ({"prefix_allowed_tokens_fn": allowed}, {"forced_eos_token_id": FORCED["eos_token_id"]}):
+        out = generate(*ours(), ids[[0, 2]], mask[[0, 2]], **options, **other)
+        rows = out.sequences[:, T:].tolist()
+        assert len(set(map(tuple, rows))) == 4 and (out.lengths == 12).all(), rows

@@ -157,6 +157,12 @@ def test_synthid_scores_are_transformers(options):
     )
 
 
+def test_tables_outlive_the_trace_that_made_them():
+    made = lambda: jax.tree.leaves(WatermarkingConfig(hashing_key=12345, seeding_scheme="selfhash").construct_processor(9))
+    for traced, later in zip(jax.jit(made)(), made()):
+        np.testing.assert_array_equal(traced, np.asarray(later))
+
+
 def test_synthid_in_generate():
     ids, mask = prompts()
     options = {"ngram_len": 5, "keys": list(KEYS[:4])}
