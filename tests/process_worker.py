@@ -156,9 +156,11 @@ def trained(directory, path, mesh):
     """The losses of two epochs of 13 examples, what the model then generates for 11, and its log-probabilities for 5 pairs."""
     model, params = jm.AutoModelForCausalLM.from_pretrained(path, mesh=jm.make_mesh(jax.devices()[:4], **mesh))
     rng = np.random.default_rng(3)
-    rows = [{"input_ids": row, "labels": row} for row in rng.integers(3, 97, (13, 12)).astype(np.int32)]
+    masks = (np.arange(12) >= np.arange(13)[:, None] % 7).astype(np.int32)  # as many tokens as no other row of a batch
+    ids = rng.integers(3, 97, (13, 12)).astype(np.int32)
+    rows = [{"input_ids": row, "labels": np.where(mask, row, -100), "attention_mask": mask} for row, mask in zip(ids, masks)]
     options = {"num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
-    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "all"}
+    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "non_padding"}
     options |= {"predict_with_generate": True, "generation_max_length": 16}
     trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), train_dataset=rows)
     trainer.train()
@@ -173,7 +175,7 @@ def trained(directory, path, mesh):
         "share": process_share(model.rules),
         "stream": [stream.rows, stream.real],
         "losses": losses,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens": [line["num_input_tokens_seen"] for line in trainer.state.log_history if "loss" in line],
         "generated": predicted.predictions,
         "labels": predicted.label_ids,
         "reference": [[one["reference_chosen_logps"], one["reference_rejected_logps"]] for one in found],
