@@ -184,7 +184,7 @@ def trained(directory, path, mesh):
     rows = [{"input_ids": row, "labels": row} for row in rng.integers(3, 97, (13, 12)).astype(np.int32)]
     ragged = [{name: row[: 12 - 3 * (i % 4)] for name, row in example.items()} for i, example in enumerate(rows)]
     options = {"num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
-    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "all"}
+    options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "non_padding"}
     options |= {"predict_with_generate": True, "generation_max_length": 16}
     trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), collated, train_dataset=ragged)
     trainer.train()
@@ -199,7 +199,7 @@ def trained(directory, path, mesh):
         "share": process_share(model.rules),
         "stream": [stream.rows, stream.real],
         "losses": losses,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens": [line["num_input_tokens_seen"] for line in trainer.state.log_history if "loss" in line],
         "generated": predicted.predictions,
         "labels": predicted.label_ids,
         "reference": [[one["reference_chosen_logps"], one["reference_rejected_logps"]] for one in found],

@@ -27,11 +27,12 @@ POSITIONS = ("start_positions", "end_positions")
 @dataclasses.dataclass
 class Batch:
     """This process's rows of a batch. rows: of the whole batch over all processes, padding included; real: how many of those, the first,
-    are no padding; name: this process's rows in words, for an error."""
+    are no padding; own: how many of this process's; name: this process's rows in words, for an error."""
 
     arrays: Arrays
     rows: int
     real: int
+    own: int
     name: str
 
 
@@ -158,14 +159,14 @@ class Dataset:
             arrays, padded = self.collate(numbers), numbers
         elif real < per:
             arrays = mask_rows(arrays, np.arange(per) < real, self.labels)
-        return Batch(arrays, len(padded), len(numbers), _examples(mine[:real]))
+        return Batch(arrays, len(padded), len(numbers), real, _examples(mine[:real]))
 
     def _joined(self, arrays: Arrays, numbers: np.ndarray) -> Batch:
         """Of a collator that puts several examples into a row, as flattening does: nothing is filled up."""
         rows = len(next(iter(arrays.values())))
         if self.pieces > 1:
             raise ValueError(f"the collator makes {rows} rows of {len(numbers)} examples, which several processes cannot share; pack them")
-        return Batch(arrays, rows, rows, _examples(numbers))
+        return Batch(arrays, rows, rows, rows, _examples(numbers))
 
     def collate(self, numbers: np.ndarray) -> Arrays:
         examples = [self.dataset[int(number)] for number in numbers]
@@ -241,7 +242,7 @@ class Stream:
             arrays = {name: np.concatenate([a, np.repeat(a[:1], self.rows - real, 0)]) for name, a in arrays.items()}
             arrays = mask_rows(arrays, np.arange(self.rows) < real, self.labels)
         rows = len(next(iter(arrays.values()))) * self.pieces
-        return Batch(arrays, rows, real * self.pieces, f"batch {self.read} of the iterable's pass")
+        return Batch(arrays, rows, real * self.pieces, real, f"batch {self.read} of the iterable's pass")
 
     def position(self) -> dict[str, Any]:
         state = self.iterator.get_state() if hasattr(self.iterator, "get_state") else None

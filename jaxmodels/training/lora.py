@@ -205,10 +205,10 @@ def add_lora(model: Any, params: Any, config: LoraConfig, key: jax.Array) -> Tre
 def check_adapter(model: Any, params: Any, config: LoraConfig) -> None:
     """ValueError where the adapter in `params` is not one of this config: names, shapes, scales and dropout."""
     make = lambda params: adapter_of(add_lora(model, params, config, jax.random.key(0)))
-    shapes = lambda adapter: {name: list(leaf.shape) for name, leaf in adapter.items()}
+    shapes: Callable[[Adapter], dict[str, Any]] = lambda adapter: {name: list(leaf.shape) for name, leaf in adapter.items()}
     found, wanted = shapes(adapter_of(params)), shapes(jax.eval_shape(make, without_adapter(params)))
     for module, (_, unrolled) in _targets(model, config).items():
-        wanted[f"{module}.lora_scale"] = np.float32([config.scale(name) for name in unrolled]).tolist()
+        wanted[f"{module}.lora_scale"] = np.asarray([config.scale(name) for name in unrolled], np.float32).tolist()
         if f"{module}.lora_scale" in found:
             found[f"{module}.lora_scale"] = np.ravel(to_host(flatten(params)[f"{module}.lora_scale"])).tolist()
     sides = [(name, found.get(name, "nothing"), wanted.get(name, "nothing")) for name in sorted({*found, *wanted})]

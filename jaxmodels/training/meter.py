@@ -19,14 +19,18 @@ from jaxmodels.sharding.chips import chip_of
 from jaxmodels.sharding.flops import count_flops
 
 
-def input_tokens(arrays: Mapping[str, np.ndarray], *, padding: bool = False) -> int:
-    """How many tokens a batch's inputs have, by its masks without padding; 0 where there are no ids."""
-    if not padding:
-        for name in ("attention_mask", "segment_ids"):
-            if name in arrays:
-                return int(np.count_nonzero(arrays[name]))
-    ids = [array for name, array in arrays.items() if name.endswith("input_ids") and not name.startswith("decoder")]
-    return sum(array.size for array in ids)
+def input_tokens(arrays: Mapping[str, np.ndarray], *, padding: bool = False, pad_token_id: int | None = None) -> int:
+    """How many tokens a batch's inputs have; without padding by its masks, where there are none by the padding token."""
+    known = [name for name in arrays if name.endswith(("input_ids", "attention_mask")) and not name.startswith("decoder")]
+    total = 0
+    for part in {name.removesuffix("input_ids").removesuffix("attention_mask") for name in known}:
+        ids, mask = arrays.get(f"{part}input_ids"), arrays.get(f"{part}attention_mask", arrays.get("segment_ids"))
+        if padding or mask is None:
+            real = ids if padding or pad_token_id is None else ids[ids != pad_token_id]  # type: ignore[index]
+            total += 0 if real is None else real.size
+        else:
+            total += int(np.count_nonzero(mask))
+    return total
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -26,7 +26,7 @@ from jaxmodels.training.callbacks import TrainerState, best_metric
 from jaxmodels.training.checkpoints import Checkpoints, checkpoints_in, describe, get_last_checkpoint, restore
 from jaxmodels.training.evaluation import plain, speed
 from jaxmodels.training.meter import Meter, input_tokens
-from jaxmodels.training.step import TrainState, create_train_state
+from jaxmodels.training.step import ROW_COUNTS, TrainState, create_train_state
 from jaxmodels.training.trainable import merge, split
 
 SHOWING = ("disable_tqdm", "report_to", "run_name")  # arguments in which processes may differ
@@ -204,15 +204,20 @@ class Run:
         state, args = self.trainer.state, self.args
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.call("on_step_begin")
+        tokens = self._tokens(batch)
+        if self.source.pieces > 1:  # the step adds up what the processes have
+            counts = np.zeros((len(next(iter(batch.arrays.values()))), 1, len(tokens)), np.int32)
+            counts[0], tokens = tokens, (0, 0)
+            batch = dataclasses.replace(batch, arrays=batch.arrays | {ROW_COUNTS: counts})
         arrays = put(self.model, batch)
         parts = math.gcd(args.gradient_accumulation_steps, batch.rows)
         flops = self.meter.flops_of(arrays, parts, self.state, self.key)
         self.state, metrics = self._program(parts)(self.state, arrays, self.key)
         state.global_step += 1
         state.epoch = self.epoch + self.source.share(state.max_steps)
-        state.num_input_tokens_seen += self._tokens(batch, padding=args.include_num_input_tokens_seen == "all")
+        state.num_input_tokens_seen += tokens[0]
         state.total_flos += flops
-        self.meter.add(self._tokens(batch), flops)
+        self.meter.add(tokens[1], flops)
         self.waiting.append((state.global_step, batch.name, metrics))
         self._collect(leave=1)
         if self.meter.begun is None:
@@ -223,11 +228,12 @@ class Run:
         if self.preempted(state.global_step):
             self._leave()
 
-    def _tokens(self, batch: Batch, *, padding: bool = False) -> int:
-        """Of the rows that do not just fill the batch up. Other processes' own rows are taken to be like this one's."""
-        if self.source.pieces == 1:
-            return input_tokens({name: array[: batch.real] for name, array in batch.arrays.items()}, padding=padding)
-        return input_tokens(batch.arrays, padding=padding) * self.source.pieces * batch.real // batch.rows
+    def _tokens(self, batch: Batch) -> tuple[int, int]:
+        """Of this process's rows that do not just fill the batch up: as include_num_input_tokens_seen says, and without padding."""
+        pad = getattr(self.trainer.processing_class, "pad_token_id", None)
+        arrays = {name: array[: batch.own] for name, array in batch.arrays.items()}
+        whole = self.args.include_num_input_tokens_seen == "all"
+        return input_tokens(arrays, padding=whole, pad_token_id=pad), input_tokens(arrays, pad_token_id=pad)
 
     def _program(self, parts: int) -> Any:
         if parts not in self.programs:
@@ -244,6 +250,9 @@ class Run:
         """Read what steps have measured, but for the last `leave`, and stop at what is not finite."""
         while len(self.waiting) > leave:
             step, name, metrics = self.waiting.popleft()
+            seen, real = np.asarray(jax.device_get(metrics.pop(ROW_COUNTS, (0, 0)))).tolist()
+            self.trainer.state.num_input_tokens_seen += seen
+            self.meter.tokens += real if step > self.first + 1 else 0  # the first is not timed
             found = {key: float(value) for key, value in jax.device_get(metrics).items()}
             wrong = [key for key in ("loss", "grad_norm") if not math.isfinite(found[key])]
             empty = not found["tokens"]

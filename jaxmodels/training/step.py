@@ -28,6 +28,7 @@ Metrics = dict[str, jax.Array]
 # (apply, params, batch, num_items) -> (loss [], metrics): `apply(params, **inputs)` calls the model; both are sums divided by num_items [].
 Loss = Callable[[Callable[..., Any], Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
+ROW_COUNTS = "row_counts"  # of a batch [B,1,N] int32, not the model's: metrics have their sums [N], over all processes' rows
 CHUNK_LOGITS = 1 << 26  # logits that a device holds at one time, by default: 256 MB in float32
 
 
@@ -215,6 +216,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         trained, fixed = split(state.params, frozen)
+        batch = dict(batch)
+        own = batch.pop(ROW_COUNTS, None)
         num_items = count_of(batch)
         key = None if key is None else jax.random.fold_in(key, state.step)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
@@ -236,7 +239,7 @@ def make_train_step(
         if accumulation_steps == 1:
             grads, (value, extra) = part(batch, 0)
         else:
-            parts = jax.tree.map(partial(_cut, accumulation_steps), dict(batch))
+            parts = jax.tree.map(partial(_cut, accumulation_steps), batch)
             body = lambda sums, xs: (jax.tree.map(jnp.add, sums, counted(*xs)), None)
             first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, batch, 0))
             (grads, (value, extra)), _ = lax.scan(body, first, (parts, jnp.arange(accumulation_steps)))
@@ -246,6 +249,8 @@ def make_train_step(
             grads = jax.tree.map(lambda g: g / scale, grads)
         norm = optax.tree.norm(grads)
         metrics = {"loss": value, "tokens": num_items, "grad_norm": norm, **extra}
+        if own is not None:
+            metrics[ROW_COUNTS] = jnp.sum(own, (0, 1))
         if max_grad_norm is not None:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, max_grad_norm / (norm + 1e-6)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
