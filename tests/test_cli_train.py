@@ -256,6 +256,8 @@ def test_wrong_data_is_one_line(files, tmp_path, capsys):
         assert main(["train", path, *words]) == 1
         return capsys.readouterr().err
 
+    assert "job dpo takes no data.packing and no weights" in says("job=dpo", "data.packing=true")
+    assert "job dpo takes no data.packing and no weights" in says("job=dpo", "data.train.0.weight=2")
     assert f"{tmp_path}/bad.jsonl, line 3: has no field 'text'; it has 'txt'" in says(f"data.train.0.path={tmp_path}/bad.jsonl")
     assert f"{files}/packed/rows-00000.array_record, row 0: is packed to 32 tokens, data.length is 48" in says(
         f"data.train.0.path={files}/packed/rows-00000.array_record", "length=48"

@@ -125,6 +125,8 @@ class Settings:
             raise ValueError(f"cpu_devices is {self.cpu_devices}; expected at least 1")
         if self.rules is not None and self.mesh is None:
             raise ValueError(f"rules {self.rules!r} need a mesh, such as mesh: {{fsdp: 4, tensor: 2}}")
+        if self.job == "dpo" and (self.data.packing or any(source.weight != 1 for source in self.data.train)):
+            raise ValueError("job dpo takes no data.packing and no weights: its sources are read one after another, a pair to a row")
         if self.job == "lora" and self.lora is None:
             self.lora = LoraConfig()
 
