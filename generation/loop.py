@@ -177,7 +177,8 @@ def generate(
         criteria = stopping_criteria
         if deadline is not None and beams > 1:
             criteria = [*(criteria or ()), lambda ids, scores: time.perf_counter() > deadline]
-        called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, beams // config.num_beam_groups, traced)
+        group: int = beams // config.num_beam_groups  # type: ignore[operator]  # filled
+        called = partial(caller, logits_processor, criteria, prefix_allowed_tokens_fn, mask_fn, group, traced)
         stops = () if config.stop_strings is None else (StopStrings.of(tokenizer, config.stop_strings, model.config.vocab_size),)
         if grammar is not None:
             stops = (grammar, *stops)
