@@ -198,11 +198,11 @@ def test_every_field_may_be_overridden(files, tmp_path):
         "lora.target_modules=[q_proj]",
         "mesh.tensor=2",
     ]
-    found = read_settings(path, [*words, "--learning_rate", "3e-4", "--dpo.rpo_alpha", "null", "job=dpo", "lr_scheduler_kwargs.min_lr=0"])
+    found = read_settings(path, [*words, "--learning_rate", "3e-4", "--dpo.rpo_alpha", "null", "job=sft", "lr_scheduler_kwargs.min_lr=0"])
     assert found.training.max_steps == 7 and found.training.learning_rate == 3e-4 and found.data.train[0].weight == 2
     assert found.lora.r == 4 and found.lora.target_modules == ["q_proj"] and found.data.length == 48 and found.mesh == {"tensor": 2}
     assert (
-        found.job == "dpo"
+        found.job == "sft"
         and found.dpo.rpo_alpha is None
         and found.training.lr_scheduler_kwargs == {"min_lr": 0}
         and found.training.save_steps == 4

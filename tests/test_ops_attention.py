@@ -22,9 +22,10 @@ NAMES = ["eager", "xla", "xla long"]
 
 @pytest.fixture
 def name(request, monkeypatch):
-    """Of an implementation; `long` as for long texts: from 4 tokens on row by row, from 8 on in blocks."""
+    """Of an implementation; `long` as for long texts: from 4 tokens on row by row, from 200 logits on in blocks."""
     if request.param.endswith("long"):
         monkeypatch.setattr(attention_cpu, "BLOCK", 4)
+        monkeypatch.setattr(attention_cpu, "LARGE", 200)
     return request.param.removesuffix(" long")
 
 

@@ -2,7 +2,7 @@
 
 All take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
 
-Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim, V value dim, Q a block's queries."""
+Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim, V value dim, Q queries and C keys of a block."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 256
+BLOCK = 256  # queries or keys at most
+LARGE = 1 << 21  # logits of a row
 LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """In blocks where there are two of queries and of keys, a row at a time from one on."""
-    size = min(q.shape[1], k.shape[1])
-    run = in_blocks if size >= 2 * BLOCK else by_row if size >= BLOCK else by_head
+    """Whole where there is less than a block of queries or of keys, else a row at a time or, where its logits are many, in blocks."""
+    (_, T, N, _), S = q.shape, k.shape[1]
+    run = by_head if min(T, S) < BLOCK else in_blocks if N * T * S >= LARGE else by_row
     return run(mask, bias, scale, q, k, v)
 
 
@@ -48,13 +49,14 @@ def in_blocks(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Arra
     """A block of queries and a block of keys of one kv head at a time, with a running maximum and sum (arXiv:2205.14135); computed again
     for the gradient. Keys of which no query of a block sees any are passed over."""
     (B, T, N, H), K = q.shape, k.shape[2]
-    queries = _cut(q, 1).reshape(B, -1, BLOCK, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [B,K,blocks,G,Q,H]
-    keys, values = (_cut(x, 1).transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B,K,blocks,BLOCK,H]
-    seen = _cut(_cut(mask[:, 0], 2), 1).transpose(0, 1, 3, 2, 4)  # [B,blocks,blocks of keys,Q,BLOCK]
+    queries = _cut(q, 1)
+    queries = queries.reshape(*queries.shape[:3], K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [B,K,blocks,G,Q,H]
+    keys, values = (_cut(x, 1).transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B,K,blocks,C,H]
+    seen = _cut(_cut(mask[:, 0], 2), 1).transpose(0, 1, 3, 2, 4)  # [B,blocks,blocks of keys,Q,C]
     if bias is not None:
         grouped = _cut(_grouped(bias, B, K, N), 4)
         grouped = (_cut(grouped, 3) if bias.shape[2] > 1 else grouped[:, :, :, None]).transpose(0, 1, 3, 5, 2, 4, 6)
-        bias = jnp.broadcast_to(grouped, (*queries.shape[:3], *grouped.shape[3:]))  # [B,K,blocks,blocks of keys,G,Q or 1,BLOCK]
+        bias = jnp.broadcast_to(grouped, (*queries.shape[:3], *grouped.shape[3:]))  # [B,K,blocks,blocks of keys,G,Q or 1,C]
 
     def head(seen: jax.Array, x: tuple) -> jax.Array:
         keys, values, queries, bias = x
@@ -66,7 +68,7 @@ def in_blocks(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Arra
 
 
 def _over_keys(scale: float, keys: jax.Array, values: jax.Array, q: jax.Array, seen: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """keys [blocks,BLOCK,H] and values, q [G,Q,H], seen [blocks,Q,BLOCK], bias [blocks,G,Q,BLOCK]: [G,Q,V]."""
+    """keys [blocks,C,H] and values, q [G,Q,H], seen [blocks,Q,C], bias [blocks,G,Q,C]: [G,Q,V]."""
     G, Q, H = q.shape
     q = q.reshape(-1, H)
 
@@ -94,6 +96,7 @@ def _grouped(bias: jax.Array, B: int, K: int, N: int) -> jax.Array:
 
 
 def _cut(x: jax.Array, axis: int) -> jax.Array:
-    """An axis as two, of blocks and of BLOCK in each, filled up with zeros."""
-    x = jnp.pad(x, [(0, -size % BLOCK if i == axis else 0) for i, size in enumerate(x.shape)])
-    return x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
+    """An axis as two, of blocks and of up to BLOCK in each, filled up with zeros."""
+    blocks = -(-x.shape[axis] // BLOCK)
+    x = jnp.pad(x, [(0, -size % blocks if i == axis else 0) for i, size in enumerate(x.shape)])
+    return x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :])
