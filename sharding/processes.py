@@ -180,7 +180,8 @@ def global_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, jax.Array]
     _, shares = process_share(rules)
     arrays = {name: np.asarray(rows) for name, rows in batch.items()}
     if spans(rules):
-        _agree_on_shapes(rules, tuple((name, f"{rows.dtype}{list(rows.shape)}") for name, rows in arrays.items()))
+        shapes = {name: f"{jax.dtypes.canonicalize_dtype(rows.dtype)}{list(rows.shape)}" for name, rows in arrays.items()}
+        _agree_on_shapes(rules, tuple(sorted(shapes.items())))
 
     def one(rows: np.ndarray) -> jax.Array:
         shape = (len(rows) * shares, *rows.shape[1:])
