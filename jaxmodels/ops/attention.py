@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -103,9 +102,10 @@ def xla(
         return out[..., : v.shape[-1]]
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if rules is None:
+            return attention_cpu.attend(mask, bias, scale, q, k, v)
         # XLA:CPU lacks some of the batched bfloat16 products in it
-        run = partial(attention_cpu.attend, mask, bias, scale) if rules is None else attend
-        return run(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
+        return attend(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
 
     return lax.platform_dependent(q, k, v, cpu=on_cpu, default=attend), None
 

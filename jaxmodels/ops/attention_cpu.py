@@ -1,6 +1,7 @@
-"""Dense attention for XLA:CPU, in float32: whole, a row at a time, or in blocks where a row's logits would not stay in its caches.
+"""Dense attention for XLA:CPU: whole, a row at a time, or in blocks where a row's logits would not stay in its caches.
 
-All take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out.
+All take mask [B,1,T,S], bias broadcast to [B,N,T,S] or None, scale, q [B,T,N,H], k [B,S,K,H] and v [B,S,K,V]; [B,T,N,V] comes out, in
+float32 but for `attend`. Softmax and sums are in float32.
 
 Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim, V value dim, Q queries and C keys of a block."""
 
@@ -19,10 +20,13 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 def attend(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Whole where there is less than a block of queries or of keys, else a row at a time or, where its logits are many, in blocks."""
+    """Whole where there is less than a block of queries or of keys, else a row at a time or, where its logits are many, in blocks. Output
+    in q.dtype."""
     (_, T, N, _), S = q.shape, k.shape[1]
     run = by_head if min(T, S) < BLOCK else in_blocks if N * T * S >= LARGE else by_row
-    return run(mask, bias, scale, q, k, v)
+    # bfloat16 products take half as long as float32 ones, those of blocks do not
+    dtype = jnp.bfloat16 if q.dtype == jnp.bfloat16 and run is not in_blocks else jnp.float32
+    return run(mask, bias, scale, *(x.astype(dtype) for x in (q, k, v))).astype(q.dtype)
 
 
 def by_row(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -34,15 +38,17 @@ def by_row(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, 
 
 def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """With the queries of a kv head in one product, which XLA:CPU computes faster than products over groups."""
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    queries = q.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    logits = (jnp.einsum("bkxh,bksh->bkxs", queries, keys) * scale).reshape(B, K, -1, T, S)
+    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    # rows and heads as one axis: behind two that were turned, XLA:CPU makes a bfloat16 product a float32 one
+    keys, values = (jnp.swapaxes(x, 1, 2).reshape(B * K, S, -1) for x in (k, v))
+    queries = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, -1)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = (product("bxh,bsh->bxs", queries, keys) * scale).reshape(B, K, N // K, T, S)
     logits = logits if bias is None else logits + _grouped(bias, B, K, N)
-    logits = jnp.where(mask[:, :, None], logits, LOWEST).reshape(B, K, -1, S)
+    logits = jnp.where(mask[:, :, None], logits, LOWEST).reshape(B * K, -1, S)
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
-    out = jnp.einsum("bkxs,bksv->bkxv", weights, values) / weights.sum(-1, keepdims=True)
-    return out.reshape(B, K, -1, T, v.shape[-1]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    out = product("bxs,bsv->bxv", weights.astype(v.dtype), values) / weights.sum(-1, keepdims=True)
+    return out.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def in_blocks(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

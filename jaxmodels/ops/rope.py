@@ -155,22 +155,19 @@ def _yarn(rope: RopeParameters, R: int, powers: np.ndarray) -> tuple[jax.Array, 
 
 
 def rope_table(frequencies: jax.Array, scale: float, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B,T,1,R] in `dtype` (computed in float32) of positions [B,T], for the frequencies and scale of inverse_frequencies."""
+    """cos and sin [B,T,1,R/2] in `dtype` (computed in float32) of positions [B,T], for the frequencies and scale of inverse_frequencies."""
     angles = positions.astype(jnp.float32)[..., None] * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
-    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    angles = angles[:, :, None]
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:
-    """x [B,T,N,H] with its first R dimensions turned: dimension i pairs with i + R/2, or 2i with 2i + 1 (`interleaved`)."""
+    """x [B,T,N,H] with its first R dimensions turned: dimension i pairs with i + R/2, or 2i with 2i + 1 (`interleaved`). Computed in
+    float32 and rounded once."""
     cos, sin = table
-    R = cos.shape[-1]
-    head, rest = x[..., :R], x[..., R:]
-    if interleaved:
-        a, b = head[..., ::2], head[..., 1::2]
-        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(head.shape).astype(x.dtype)
-    else:
-        a, b = jnp.split(head, 2, -1)
-        turned = (head * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
-    return turned if x.shape[-1] == R else jnp.concatenate([turned, rest], -1)
+    R = 2 * cos.shape[-1]
+    head, rest = x[..., :R].astype(jnp.float32), x[..., R:]
+    a, b = (head[..., ::2], head[..., 1::2]) if interleaved else jnp.split(head, 2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = jnp.stack([a, b], -1).reshape(head.shape) if interleaved else jnp.concatenate([a, b], -1)
+    return jnp.concatenate([turned.astype(x.dtype), rest], -1) if rest.shape[-1] else turned.astype(x.dtype)
