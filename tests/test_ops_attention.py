@@ -191,8 +191,8 @@ def test_options(options, dtype, monkeypatch):
     got, _ = attention(q, k, v, qp, kp, **asked)
     found = [got]
     monkeypatch.setattr(attention_cpu, "BLOCK", 4)
-    for run in (attention_cpu.by_row, attention_cpu.in_blocks):
-        monkeypatch.setattr(attention_cpu, "attend", run)
+    for large in (attention_cpu.LARGE, 0):  # row by row, in blocks
+        monkeypatch.setattr(attention_cpu, "LARGE", large)
         found.append(attention(q, k, v, qp, kp, **asked)[0])
     a, b, c = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 3, 2), np.repeat(v, 3, 2)))
     logits = np.einsum("btnh,bsnh->bnts", a, b) / np.sqrt(10)
