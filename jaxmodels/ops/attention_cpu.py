@@ -45,7 +45,8 @@ def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array,
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = (product("bxh,bsh->bxs", queries, keys) * scale).reshape(B, K, N // K, T, S)
     logits = logits if bias is None else logits + _grouped(bias, B, K, N)
-    logits = jnp.where(mask[:, :, None], logits, LOWEST).reshape(B * K, -1, S)
+    # added: XLA:CPU makes the sum part of the product, a choice a pass of its own
+    logits = (logits + jnp.where(mask, 0, LOWEST)[:, :, None]).reshape(B * K, -1, S)
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = product("bxs,bsv->bxv", weights.astype(v.dtype), values) / weights.sum(-1, keepdims=True)
     return out.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
