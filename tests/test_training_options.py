@@ -169,7 +169,7 @@ def test_a_layer_keeps_no_numbers_between(dtype):
     forward = next(equation for equation in equations if equation.primitive.name == "scan")
     kept = [v.aval for v in forward.outvars if v.aval.shape[:3] == (2, *data["labels"].shape)]  # [layers, B, T, …]
     assert [v.dtype for v in kept if v.shape[3:] == (48,)] == [dtype] * 4  # gate, its activation, up, the product of both
-    assert [v.dtype for v in kept if v.shape[3:] == (32,)] == [dtype] * 8
+    assert [v.dtype for v in kept if v.shape[3:] == (32,)] == [dtype] * 5  # x before and after attention, both normed, attention's output
     assert not [v for v in kept if v.shape[3:] == (1,)]
 
 

@@ -5,6 +5,7 @@ Axis letters: `...` any leading axes, I in, O out."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,23 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
     rows = math.prod(x.shape[:-1])
     if rows == 1 and x.dtype == jnp.bfloat16:
         # XLA:CPU computes one bfloat16 row at a fourteenth of the speed of two.
-        y = lax.platform_dependent(x, weight, cpu=_one_row, default=_product)
+        y = _by_platform(x, weight, _one_row, _product)
     elif 1 < rows <= FEW_ROWS and x.dtype == jnp.float32:
         # XLA:CPU packs the right operand anew in every product: better the few rows than the weight.
-        y = lax.platform_dependent(x, weight, cpu=_weight_first, default=_product)
+        y = _by_platform(x, weight, _weight_first, _product)
     elif bias is None and x.dtype != jnp.float32:
         # Rounded by the product itself, which XLA:CPU is slow at: of gradients over several devices, XLA adds up such products before it
         # reduces them, those that a pass of its own rounds one by one.
-        return lax.platform_dependent(x, weight, cpu=lambda x, weight: _flat(x, weight).astype(x.dtype), default=_rounded)
+        return _by_platform(x, weight, lambda x, weight: _flat(x, weight).astype(x.dtype), _rounded)
     else:
-        y = lax.platform_dependent(x, weight, cpu=_flat, default=_product)
+        y = _by_platform(x, weight, _flat, _product)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _by_platform(x: jax.Array, weight: jax.Array, cpu: Callable[..., jax.Array], default: Callable[..., jax.Array]) -> jax.Array:
+    # A branch to JAX, which would keep for the gradient what each side wants, x and weight in other forms. Nothing is computed again.
+    choose = jax.checkpoint(lambda x, weight: lax.platform_dependent(x, weight, cpu=cpu, default=default), prevent_cse=False)
+    return choose(x, weight)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
