@@ -50,7 +50,11 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads  # type: ignore[attr-defined]
+        heads: int = self.num_attention_heads  # type: ignore[attr-defined]
+        if self.hidden_size % heads:
+            size, count = (self.spelled.get(name, name) for name in ("hidden_size", "num_attention_heads"))
+            raise ValueError(f"{size} {self.hidden_size} is no multiple of {count} {heads}")
+        return self.hidden_size // heads
 
     def layer_spec(self, kind: Hashable) -> Any:
         """What a layer of that kind remembers: by default keys and values of `num_key_value_heads` heads."""

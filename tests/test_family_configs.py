@@ -9,6 +9,8 @@ from transformers.models.auto import modeling_auto
 
 from jaxmodels import auto
 from jaxmodels.auto import AutoConfig
+from jaxmodels.config import Config
+from jaxmodels.params import abstract_params
 
 COMPUTED = {"rope_parameters", "layer_types", "no_rope_layers", "moe_layers", "head_dim"}  # that one side fills in and the other works out
 FAMILIES = [
@@ -94,3 +96,29 @@ def test_every_auto_class_that_hf_has_finds_its_head():
             found[name] += 1
     assert found["AutoModel"] == len(auto.FAMILIES) and found["AutoModelForCausalLM"] == len(auto.FAMILIES) - 1  # t5 is no causal one
     assert found["AutoModelForSequenceClassification"] > 35 and len(found) == 11
+
+
+SHARED = [name for name in ALL if auto.find_family(name).config.head_dim is Config.head_dim]
+
+
+@pytest.mark.parametrize("model_type", SHARED)
+def test_heads_that_do_not_divide(model_type):
+    """An error with both numbers under the file's names, before a parameter is made or read."""
+    spelled = auto.find_family(model_type).config.spelled
+    size, heads = (spelled.get(name, name) for name in ("hidden_size", "num_attention_heads"))
+    config = AutoConfig.for_model(model_type, **{size: 48, heads: 5})
+    with pytest.raises(ValueError, match=f"{size} 48 is no multiple of {heads} 5"):
+        abstract_params(auto.AutoModelForCausalLM.class_for(config)(config))
+
+
+def test_key_heads_that_do_not_divide():
+    for model_type, values in {
+        "falcon": {"num_kv_heads": 4, "new_decoder_architecture": True},
+        "dbrx": {"attn_config": {"kv_n_heads": 4}},
+        "jamba": {"num_key_value_heads": 4, "attn_layer_offset": 0},
+        "llama": {"num_key_value_heads": 4},
+    }.items():
+        name = {"dbrx": "n_heads"}.get(model_type, "num_attention_heads")
+        with pytest.raises(ValueError, match="multiple"):
+            config = AutoConfig.for_model(model_type, **{name: 6, "d_model": 48, "hidden_size": 48, "n_layers": 1, **values})
+            abstract_params(auto.AutoModelForCausalLM.class_for(config)(config))

@@ -65,6 +65,10 @@ class JambaConfig(RoutedExperts, Config):
             object.__setattr__(self, "mamba_dt_rank", math.ceil(self.hidden_size / 16))
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads  # rounded down, as in HF
+
+    @property
     def layer_kinds(self) -> tuple[Hashable, ...]:
         """(whether it attends, its number of experts) for every layer."""
         attends = lambda i: i % self.attn_layer_period == self.attn_layer_offset

@@ -56,6 +56,8 @@ class RecurrentGemmaConfig(DecoderConfig):
             raise ValueError(f"block_types are {', '.join(unknown) or 'empty'}; expected recurrent and attention, repeated over the layers")
         if self.lru_width is None:
             object.__setattr__(self, "lru_width", self.hidden_size)
+        if self.lru_width % self.num_attention_heads:
+            raise ValueError(f"lru_width {self.lru_width} is no multiple of num_attention_heads {self.num_attention_heads}, its blocks")
 
     @property
     def layer_kinds(self) -> tuple[Hashable, ...]:

@@ -173,6 +173,8 @@ def attention(
     logits are softcap·tanh(logits/softcap). bias: added to the logits, broadcast to [B,N,T,S]. sinks [N]: a logit
     that takes its share of every softmax. dropout: a key and the share of the weights to drop. implementation: None is `xla`, or
     `eager` where that lacks an option. Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly: the config needs a multiple")
     asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks, "dropout": dropout, "causal": None if causal else False}
     options = {name: value for name, value in asked.items() if value is not None}
     if implementation is None:
