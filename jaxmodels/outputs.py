@@ -89,6 +89,19 @@ class MoeCausalLMOutput(ModelOutput):
 
 
 @struct.dataclass
+class DoubleHeadsOutput(ModelOutput):
+    """loss and mc_loss [] float32 when labels and mc_labels were given; logits [...,T,V]; mc_logits [...] for ids [...,T]."""
+
+    loss: jax.Array | None = None
+    mc_loss: jax.Array | None = None
+    logits: Any = None
+    mc_logits: Any = None
+    cache: Any = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
+
+
+@struct.dataclass
 class MaskedLMOutput(ModelOutput):
     """loss [] float32 when labels were given; logits [B,T,V]."""
 

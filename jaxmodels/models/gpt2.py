@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019, Language Models are Unsupervised Multitask Learners): learned positions, norms before each half.
 
-Axis letters: B batch, T tokens, D hidden, N heads, H head dim, F mlp."""
+Axis letters: B batch, C choices, T tokens, D hidden, N heads, H head dim, F mlp, V vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.cache import Cache
@@ -18,7 +19,8 @@ from jaxmodels.convert.rules import Ignore, Op, Split, Transpose
 from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
-from jaxmodels.outputs import BaseModelOutput
+from jaxmodels.ops.loss import causal_lm_loss, cross_entropy
+from jaxmodels.outputs import BaseModelOutput, DoubleHeadsOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,65 @@ class GPT2Model(Model):
 class GPT2LMHeadModel(CausalLM):
     base = GPT2Model
     base_name = "transformer"
+
+
+class SequenceSummary(nn.Module):
+    """One number for each row of tokens, by the config's summary_activation, summary_first_dropout and summary_last_dropout."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [...,D], the hidden state of the token that stands for the row -> [...]."""
+        asked = {"summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True}
+        given = self.config.extra
+        for name, value in asked.items():
+            if given.get(name, value) != value:
+                raise ValueError(f"{name} is {given[name]!r} in the config; a choice needs one number from one token, by {value!r}")
+        x = dropout(self, x, given.get("summary_first_dropout", 0.1))
+        x = Linear(1, (None, "embed"), use_bias=True, init_std=self.config.initializer_range, name="summary")(x)[..., 0]
+        x = activation(given.get("summary_activation") or "linear")(x)
+        return dropout(self, x, given.get("summary_last_dropout", 0.0))
+
+
+class GPT2DoubleHeadsModel(CausalLM):
+    """The language head and one that tells which of several continuations is right; no auto class has it, in HF neither:
+    from_pretrained(path, GPT2DoubleHeadsModel)."""
+
+    base = GPT2Model
+    base_name = "transformer"
+
+    def setup(self) -> None:
+        super().setup()
+        self.multiple_choice_head = SequenceSummary(self.config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        mc_token_ids: jax.Array | None = None,
+        labels: jax.Array | None = None,
+        mc_labels: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> DoubleHeadsOutput:
+        """input_ids and what is like them: [B,C,T]. mc_token_ids [B,C]: the column that stands for a choice, by default its last real
+        token. labels [B,C,T]: ids, -100 left out; mc_labels [B]: the right choices."""
+        flat = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
+        inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))
+        out = self.run_base(*inputs, None, output_hidden_states, output_attentions)
+        x = out.last_hidden_state
+        shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+        if mc_token_ids is None:
+            real = jnp.ones(x.shape[:2], bool) if attention_mask is None else inputs[1].astype(bool)
+            mc_token_ids = jnp.max(jnp.where(real, jnp.arange(x.shape[1]), 0), 1)
+        chosen = jnp.take_along_axis(x, jnp.asarray(mc_token_ids).reshape(-1, 1, 1), 1)[:, 0]
+        logits, mc_logits = self.head(x), self.multiple_choice_head(chosen).reshape(shape[:-1])
+        loss = None if labels is None else causal_lm_loss(logits, flat(labels))
+        mc_loss = None if mc_labels is None else cross_entropy(mc_logits, mc_labels)
+        return DoubleHeadsOutput(loss, mc_loss, logits.reshape(*shape, -1), mc_logits, None, out.hidden_states, out.attentions)
 
 
 class GPT2ForSequenceClassification(SequenceClassification):
