@@ -20,26 +20,40 @@ FAMILIES = [
     *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral", "nemotron"),
     *("olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
     *("granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
+    *("bloom", "codegen", "dbrx", "deepseek_v2", "deepseek_v3", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
+    *("llama4_text", "mpt", "opt", "xglm"),
 ]
+SMALL = {  # where TINY does not make it so
+    "codegen": {"num_attention_heads": 4, "rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 20}},
+    "deepseek_v2": {"kv_lora_rank": 8, "q_lora_rank": None, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {"kv_lora_rank": 8, "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "llama4_text": {"intermediate_size_mlp": 20, "num_local_experts": 4},
+    "opt": {"word_embed_proj_dim": 24},
+}
 INV_FREQ = ("llama", "nemotron", "persimmon", "phi", "stablelm")  # families whose files of the time hold rope's frequencies
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_keys(model_type, tmp_path):
     for tied in (True, False):
-        config = auto.AutoConfig.for_model(model_type, **TINY, tie_word_embeddings=tied)
+        config = auto.AutoConfig.for_model(model_type, **TINY | SMALL.get(model_type, {}), tie_word_embeddings=tied)
         model = auto.AutoModelForCausalLM.class_for(config)(config)
         rng = np.random.default_rng(0)
         params = {key: rng.standard_normal(leaf.shape, np.float32) for key, leaf in flatten(abstract_params(model)).items()}
         auto.save_pretrained(tmp_path, model, unflatten(params))
         file = tmp_path / "model.safetensors"
-        written = load_file(file)
+        written, prefix = load_file(file), f"{model.base_name}."
+        head = "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
         variants = [written]
+        assert tied == (head not in written)
         if tied:
-            assert "lm_head.weight" not in written
-            variants.append({**written, "lm_head.weight": written["model.embed_tokens.weight"]})
-            variants.append({k: v for k, v in variants[1].items() if k != "model.embed_tokens.weight"})
-        variants += [{key.removeprefix("model."): tensor for key, tensor in tensors.items()} for tensors in variants[:2]]
+            table = next(key for key, tensor in written.items() if tensor.shape == (37, 24))
+            variants.append({**written, head: written[table]})
+            variants.append({k: v for k, v in variants[1].items() if k != table})
+        variants += [{key.removeprefix(prefix): tensor for key, tensor in tensors.items()} for tensors in variants[:2]]
         if model_type in INV_FREQ:
             variants.append({**written, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
         for tensors in variants:

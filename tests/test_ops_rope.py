@@ -202,3 +202,9 @@ def test_under_transformations():
 def test_bad_parameters(values, message):
     with pytest.raises(ValueError, match=message):
         RopeParameters.from_dict(values)
+
+
+def test_more_dimensions_than_a_head_has():
+    table = rope_table(jnp.ones(4), 1.0, jnp.arange(3)[None], jnp.float32)
+    with pytest.raises(ValueError, match="8 dimensions of every head are to be rotated .* has 6"):
+        rotate(jnp.ones((1, 3, 2, 6)), table)

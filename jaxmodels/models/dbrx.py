@@ -16,7 +16,7 @@ from flax.core import FrozenDict
 
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Op, Rename, Split, StackExperts, Transpose
-from jaxmodels.family import Family
+from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend
 from jaxmodels.models.mixtral import MixtralModel
 from jaxmodels.moe import Experts, MoeCausalLM
@@ -178,7 +178,7 @@ def rules(config: DbrxConfig) -> Sequence[Op]:
         each = tuple(f"{experts}.mlp.{file}.{expert}" for expert in range(E))
         found += [Split(f"{experts}.mlp.{file}", each, (F,) * E), StackExperts(f"{experts}.mlp.{file}.#", f"{experts}.{tree}")]
     found += [Rename("**.ffn.router.layer.weight", "**.ffn.router.weight")]
-    return [*found, Transpose(f"{experts}.down_proj", (0, 2, 1))]
+    return [*found, Transpose(f"{experts}.down_proj", (0, 2, 1)), *tied_head(config, embeddings="transformer.wte.weight")]
 
 
 FAMILY = Family(
