@@ -166,7 +166,7 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool =
     float32 and rounded once."""
     cos, sin = table
     R = 2 * cos.shape[-1]
-    if R > x.shape[-1]:
+    if x.shape[-1] < R:
         raise ValueError(f"{R} dimensions of every head are to be rotated (rotary_dim in the config), and a head has {x.shape[-1]}")
     head, rest = x[..., :R].astype(jnp.float32), x[..., R:]
     a, b = (head[..., ::2], head[..., 1::2]) if interleaved else jnp.split(head, 2, -1)
