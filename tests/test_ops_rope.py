@@ -206,5 +206,5 @@ def test_bad_parameters(values, message):
 
 def test_more_dimensions_than_a_head_has():
     table = rope_table(jnp.ones(4), 1.0, jnp.arange(3)[None], jnp.float32)
-    with pytest.raises(ValueError, match="8 dimensions of every head are to be rotated .* has 6"):
+    with pytest.raises(ValueError, match=r"8 dimensions of every head are to be rotated .* has 6"):
         rotate(jnp.ones((1, 3, 2, 6)), table)
