@@ -9,6 +9,7 @@ from transformers.models.auto import modeling_auto
 
 from jaxmodels import auto
 from jaxmodels.auto import AutoConfig
+from jaxmodels.cache import segments
 from jaxmodels.config import Config
 from jaxmodels.params import abstract_params
 
@@ -127,3 +128,10 @@ def test_key_heads_that_do_not_divide(model_type):
 
     with pytest.raises(ValueError, match=r"6 .* 4"):
         make()
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_every_stack_is_scanned(model_type):
+    """HF's default stack of each family is one or two loops, whatever kinds of layers it mixes; no layer stands alone."""
+    plan = segments(AutoConfig.for_model(model_type).layer_kinds)
+    assert len(plan) <= 2 and all(period <= 8 and repeats > 1 for _, period, repeats in plan)
