@@ -312,7 +312,7 @@ def conversion_of(model: Model) -> tuple[list[Any], str]:
 def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
     """The Config of a checkpoint directory, its generation_config.json included; `overrides` replace fields."""
     path = directory / "config.json"
-    values = read_json(path)
+    values = text_part(read_json(path))
     cls = find_family(values.get("model_type"), str(path)).config
     unknown = [name for name in overrides if name not in cls.field_names()]
     if unknown:
@@ -325,6 +325,18 @@ def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
         return cls.from_dict({**values, **overrides})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The contents of a config.json; of a model of several modalities whose language model is a family here, that one's alone, with the
+    special tokens and the quantisation of the whole where it names none."""
+    text = values.get("text_config")
+    if not isinstance(text, Mapping) or text.get("model_type") not in FAMILIES:
+        return values
+    if find_family(text["model_type"]).config.part_of != values.get("model_type"):
+        return values
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    return dict(text) | {name: values[name] for name in shared if text.get(name) is None and values.get(name) is not None}
 
 
 def main_dtype(tensors: Mapping[str, Any]) -> np.dtype:

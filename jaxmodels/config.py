@@ -24,6 +24,7 @@ class Config:
     spelled: ClassVar[Mapping[str, str]] = {}  # field -> its key in config.json, where that has another name; both are read
     old_names: ClassVar[Mapping[str, str]] = {}  # key of older files -> field
     is_encoder_decoder: ClassVar[bool] = False
+    part_of: ClassVar[str] = ""  # the model_type of configs of several modalities that hold one like this as text_config
 
     vocab_size: int
     hidden_size: int

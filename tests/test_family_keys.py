@@ -1,7 +1,13 @@
 """Checkpoints of the families under the keys that files on the hub have: all mean the same parameters."""
 
+import warnings
+
+import jax
 import numpy as np
 import pytest
+import torch
+import transformers
+from cases import close, sensitive
 from safetensors.numpy import load_file, save_file
 
 from jaxmodels import auto
@@ -61,3 +67,36 @@ def test_keys(model_type, tmp_path):
             loaded = flatten(auto.from_pretrained(tmp_path, dtype="float32")[1])
             assert loaded.keys() == params.keys()
             assert all(np.array_equal(loaded[key], params[key]) for key in params)
+
+
+TEXT = {"vocab_size": 131, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 8}
+TEXT |= {"num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+PIXELS = {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16, "pixel_shuffle_ratio": 0.5}
+WHOLE = {
+    "Gemma3": {"text_config": TEXT | {"sliding_window": 7}, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "Llama4": {
+        "text_config": TEXT | {"num_local_experts": 3, "intermediate_size_mlp": 20, "attention_chunk_size": 7},
+        "vision_config": VISION | PIXELS,
+    },
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_text_part_of_a_whole_model(name, tmp_path):
+    """The checkpoint of a model that also sees, as published: its language model gives the same logits, and is saved as one alone."""
+    config = getattr(transformers, f"{name}Config")(**WHOLE[name], eos_token_id=[3, 5])
+    whole = sensitive(getattr(transformers, f"{name}ForConditionalGeneration")(config))
+    whole.save_pretrained(tmp_path / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the rest was left out
+        model, params = auto.from_pretrained(tmp_path / "whole", dtype="float32")
+    assert model.config.model_type.endswith("_text") and model.config.eos_token_id == (3, 5)
+    auto.save_pretrained(tmp_path / "text", model, params)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    assert type(alone).__name__ == type(model).__name__
+    ids = np.random.default_rng(0).integers(1, 131, (2, 19), dtype=np.int32)
+    with torch.no_grad():
+        theirs, again = (hf(torch.tensor(ids).long()).logits for hf in (whole, alone))
+    close(jax.jit(lambda params: model.apply({"params": params}, ids).logits)(params), theirs)
+    close(again, theirs)

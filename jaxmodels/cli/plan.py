@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.auto import find_family, read_config
+from jaxmodels.auto import find_family, read_config, text_part
 from jaxmodels.cli.main import hub_options, mesh_sizes
 from jaxmodels.config import read_json
 from jaxmodels.convert.hub import resolve
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> Any:
     path = Path(args.path)
     if path.is_file():
-        values = read_json(path)
+        values = text_part(read_json(path))
         return find_family(values.get("model_type"), str(path)).config.from_dict(values)
     return read_config(resolve(args.path, weights=False, **hub_options(args)))
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from jaxmodels.config import DecoderConfig, MixedLayers
+from jaxmodels.convert.rules import Alias, Ignore, Op
 from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import Linear, Rope, Step, attend
 from jaxmodels.model import CausalLM, SequenceClassification
@@ -30,6 +31,7 @@ ROPES: FrozenDict[str, RopeParameters] = FrozenDict(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma3TextConfig(MixedLayers, DecoderConfig):
     model_type: ClassVar[str] = "gemma3_text"
+    part_of: ClassVar[str] = "gemma3"
 
     vocab_size: int = 262208
     hidden_size: int = 2304
@@ -124,6 +126,13 @@ class Gemma3TextForSequenceClassification(SequenceClassification):
     base = Gemma3TextModel
 
 
+def rules(config: Gemma3TextConfig) -> tuple[Op, ...]:
+    """Files of the whole Gemma 3 also hold a vision model, and have the language model under the first of these names, or the second."""
+    names = {"model.**": ("language_model.model.**", "model.language_model.**"), "lm_head.**": ("language_model.lm_head.**",)}
+    vision = (f"{prefix}{part}.**" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector"))
+    return (Ignore(tuple(vision)), *(Alias(name, others) for name, others in names.items()), *tied_head(config))
+
+
 FAMILY = Family(
     config=Gemma3TextConfig,
     classes={
@@ -131,5 +140,5 @@ FAMILY = Family(
         "AutoModelForCausalLM": Gemma3ForCausalLM,
         "AutoModelForSequenceClassification": Gemma3TextForSequenceClassification,
     },
-    rules=tied_head,
+    rules=rules,
 )

@@ -35,6 +35,7 @@ class Kind(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4TextConfig(RoutedExperts, DecoderConfig):
     model_type: ClassVar[str] = "llama4_text"
+    part_of: ClassVar[str] = "llama4"
 
     vocab_size: int = 202048
     hidden_size: int = 5120
