@@ -97,6 +97,8 @@ def test_every_auto_class_that_hf_has_finds_its_head():
             found[name] += 1
     assert found["AutoModel"] == len(auto.FAMILIES) and found["AutoModelForCausalLM"] == len(auto.FAMILIES) - 1  # t5 is no causal one
     assert found["AutoModelForSequenceClassification"] > 35 and len(found) == 11
+    encoder = auto.AutoModelForTextEncoding.class_for(AutoConfig.for_model("llama4_text"))  # HF lists it for the whole Llama 4
+    assert encoder.__name__ == modeling_auto.AutoModelForTextEncoding._model_mapping._model_mapping["llama4"]
 
 
 SHARED = [name for name in ALL if auto.find_family(name).config.head_dim is Config.head_dim]

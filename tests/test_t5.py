@@ -327,6 +327,8 @@ def test_rows_without_an_end():
     model = auto.AutoModelForSequenceClassification.class_for(config)(config)
     with pytest.raises(ValueError, match=r"rows \[1\] of input_ids have no eos_token_id \(1\)"):
         model.apply({"params": {}}, np.array([[5, 1], [5, 6]]))
+    with pytest.raises(ValueError, match="the config has no eos_token_id"):
+        model.clone(config=config.replace(eos_token_id=None)).apply({"params": {}}, np.array([[5, 1]]))
 
 
 def test_parity_command_and_record(case, tmp_path):

@@ -193,6 +193,7 @@ FAMILY = Family(
     classes={
         "AutoModel": Llama4TextModel,
         "AutoModelForCausalLM": Llama4ForCausalLM,
+        "AutoModelForTextEncoding": Llama4TextModel,
     },
     rules=rules,
 )

@@ -420,6 +420,8 @@ class T5ForSequenceClassification(Head):
 
     def ends(self, input_ids: Any, attention_mask: Any) -> jax.Array:
         """bool [B,T]: the end-of-sequence tokens."""
+        if self.config.eos_token_id is None:
+            raise ValueError("the config has no eos_token_id, at which T5's sequence classification reads its logits")
         eos, traced = self.config.eos_token_id, any(isinstance(x, jax.core.Tracer) for x in (input_ids, attention_mask))
         xp: Any = jnp if traced else np
         found = xp.isin(input_ids, xp.asarray(eos)) & (True if attention_mask is None else xp.asarray(attention_mask).astype(bool))
