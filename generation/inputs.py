@@ -88,6 +88,24 @@ def new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:
     return wanted
 
 
+def within_positions(limit: int, real: Any, cache: Cache | None, model_config: Any) -> int:
+    """`limit`, or as many tokens as a model with learned positions has left after the longest row; ValueError where that row, prompt
+    real [B,T] and cache, has more than all of them. Traced rows cannot be looked at."""
+    size = model_config.learned_positions
+    if size is None or any(isinstance(x, jax.core.Tracer) for x in (real, None if cache is None else cache.positions)):
+        return limit
+    read = real.sum(1)
+    if cache is not None:
+        read = read + to_host(cache.lengths) + (to_host(columns(cache.unread)).sum(1) if isinstance(cache, TurnCache) else 0)
+    longest = int(read.max())
+    if longest > size:
+        raise ValueError(f"a row has {longest} tokens, and {model_config.model_type} has learned {size} positions: shorten the prompt")
+    left = size - longest + 1  # the last token is not read
+    if left < limit:
+        warnings.warn(f"{limit} tokens after {longest} exceed the {size} learned positions: generating {left} at most", stacklevel=3)
+    return min(limit, left)
+
+
 def eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
     """[E] int32, filled up with -1 so that another number of ids is the same program."""
     ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)

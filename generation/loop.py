@@ -29,7 +29,7 @@ from jaxmodels.generation.grammar import Grammar, GrammarMask
 from jaxmodels.generation.guidance import guided, negative_prompt, read_both
 from jaxmodels.generation.healing import heal_tokens
 from jaxmodels.generation.host import caller
-from jaxmodels.generation.inputs import bucket, concrete, digest, eos_ids, kept_as, new_tokens, read_prompt
+from jaxmodels.generation.inputs import bucket, concrete, digest, eos_ids, kept_as, new_tokens, read_prompt, within_positions
 from jaxmodels.generation.prefill import in_chunks
 from jaxmodels.generation.processors import Sequences, build_processors
 from jaxmodels.generation.recompute import recomputes, reread, transcript
@@ -162,7 +162,7 @@ def generate(
         ids, real = read_prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
         traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
         T = ids.shape[1]
-        limit = new_tokens(config, T, model.config)
+        limit = within_positions(new_tokens(config, T, model.config), real, cache, model.config)
         if together:
             drawn = digest(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
             prompts = {"input_ids and attention_mask (hash)": digest(ids, real), "of the encoder (hash)": digest(*(source or ()))}

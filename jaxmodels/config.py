@@ -24,6 +24,7 @@ class Config:
     spelled: ClassVar[Mapping[str, str]] = {}  # field -> its key in config.json, where that has another name; both are read
     old_names: ClassVar[Mapping[str, str]] = {}  # key of older files -> field
     is_encoder_decoder: ClassVar[bool] = False
+    has_learned_positions: ClassVar[bool] = False
     part_of: ClassVar[str] = ""  # the model_type of configs of several modalities that hold one like this as text_config
 
     vocab_size: int
@@ -56,6 +57,11 @@ class Config:
             size, count = (self.spelled.get(name, name) for name in ("hidden_size", "num_attention_heads"))
             raise ValueError(f"{size} {self.hidden_size} is no multiple of {count} {heads}")
         return self.hidden_size // heads
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions there are, where each has an embedding of its own; None where they are computed."""
+        return self.max_position_embeddings if self.has_learned_positions else None  # type: ignore[attr-defined]
 
     def layer_spec(self, kind: Hashable) -> Any:
         """What a layer of that kind remembers: by default keys and values of `num_key_value_heads` heads."""

@@ -219,9 +219,13 @@ class Step(struct.PyTreeNode):
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x if self.rules is None else self.rules.constrain(x, axes)
 
-    def lookup(self, position_ids: jax.Array | None) -> jax.Array:
-        """Rows [B,T] of a table of learned positions; padding reads the first, which no token sees."""
-        return jnp.maximum(self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape), 0)
+    def lookup(self, position_ids: jax.Array | None, size: int | None = None) -> jax.Array:
+        """Rows [B,T] of a table of learned positions; padding reads the first, which no token sees. ValueError for concrete positions
+        beyond `size` rows; traced ones cannot be looked at, and read nan."""
+        rows = jnp.maximum(self.positions if position_ids is None else jnp.broadcast_to(position_ids, self.positions.shape), 0)
+        if size is not None and rows.size and not isinstance(rows, jax.core.Tracer) and rows.is_fully_addressable and rows.max() >= size:
+            raise ValueError(f"a token is at position {int(rows.max())}, and the model has learned {size} positions, from 0")
+        return rows
 
     def make_rope(self, rope: RopeParameters, head_dim: int, position_ids: jax.Array | None, dtype: Any, interleaved: bool = False) -> Rope:
         """The rotation of this step; `position_ids` [B,T] turn by other positions than the masks compare. `dtype`: of cos and sin."""

@@ -7,6 +7,7 @@ from cases import close, sensitive, tensors
 from tester import FamilyTester, VariantTester
 
 from jaxmodels.auto import from_pretrained, save_pretrained
+from jaxmodels.generation import generate
 from jaxmodels.models.gpt2 import GPT2Config, GPT2DoubleHeadsModel
 from jaxmodels.params import abstract_params
 
@@ -58,3 +59,24 @@ def test_double_heads_need_one_number():
     config = GPT2Config.from_dict({"summary_type": "mean"})
     with pytest.raises(ValueError, match="summary_type is 'mean' in the config; a choice needs"):
         abstract_params(GPT2DoubleHeadsModel(config))
+
+
+def test_beyond_the_learned_positions(tmp_path):
+    """transformers ends with an IndexError there. The last token is not read: 16 positions after 12 tokens are room for 5."""
+    hf = sensitive(transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE | {"n_positions": 16, "pad_token_id": 0})))
+    hf.save_pretrained(tmp_path)
+    model, params = from_pretrained(tmp_path, dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(1, 263, (2, 20), dtype=np.int32)
+    mask = np.ones((2, 12), np.int32)
+    mask[1, :9] = 0
+    with pytest.warns(UserWarning, match="9 tokens after 12 exceed the 16 learned positions: generating 5 at most"):
+        result = generate(model, params, ids[:, :12], mask, max_new_tokens=9)
+    theirs = hf.generate(torch.tensor(ids[:1, :12]).long(), max_new_tokens=5, do_sample=False)
+    np.testing.assert_array_equal(result.sequences[:1], theirs)
+    for call in (
+        lambda: model.apply({"params": params}, ids),
+        lambda: generate(model, params, ids, max_new_tokens=1),
+        lambda: generate(model, params, ids[:, :1], max_new_tokens=1, cache=result.cache),
+    ):
+        with pytest.raises(ValueError, match="has learned 16 positions"):
+            call()

@@ -28,6 +28,7 @@ from jaxmodels.outputs import BaseModelOutputWithPooling, MaskedLMOutput, PreTra
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(Config):
     model_type: ClassVar[str] = "bert"
+    has_learned_positions: ClassVar[bool] = True
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -185,7 +186,7 @@ class BertModel(Model):
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         words = self.embeddings.word_embeddings(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         types = jnp.zeros(words.shape[:2], jnp.int32) if token_type_ids is None else token_type_ids
-        x = self.embeddings(words, types, step.lookup(position_ids))
+        x = self.embeddings(words, types, step.lookup(position_ids, self.config.learned_positions))
         x, states, inputs, weights = self.encoder(x, None if cache is None else cache.layers, step)
         first = jnp.argmax(step.positions >= 0, 1)
         return BaseModelOutputWithPooling(

@@ -26,6 +26,7 @@ from jaxmodels.outputs import BaseModelOutput, DoubleHeadsOutput
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config(Config):
     model_type: ClassVar[str] = "gpt2"
+    has_learned_positions: ClassVar[bool] = True
     spelled: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -125,7 +126,7 @@ class GPT2Model(Model):
     ) -> BaseModelOutput:
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         x = self.wte(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        x = dropout(self, x + self.wpe(step.lookup(position_ids), self.dtype), self.config.embd_pdrop)
+        x = dropout(self, x + self.wpe(step.lookup(position_ids, self.config.learned_positions), self.dtype), self.config.embd_pdrop)
         x, states, inputs, weights = self.h(x, None if cache is None else cache.layers, step)
         x = self.ln_f(x)
         return BaseModelOutput(

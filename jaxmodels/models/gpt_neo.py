@@ -26,6 +26,7 @@ class GPTNeoConfig(Config):
     """attention_types: pairs of a list of kinds, `global` or `local`, and how often it is repeated; together one kind per layer."""
 
     model_type: ClassVar[str] = "gpt_neo"
+    has_learned_positions: ClassVar[bool] = True
     spelled: ClassVar[Mapping[str, str]] = {
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",

@@ -26,6 +26,7 @@ FIRST_POSITION = 2  # the row of the first token; the two before it are never re
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPTConfig(Config):
     model_type: ClassVar[str] = "opt"
+    has_learned_positions: ClassVar[bool] = True
     spelled: ClassVar[Mapping[str, str]] = {"initializer_range": "init_std"}
 
     vocab_size: int = 50272
@@ -128,7 +129,7 @@ class OPTDecoder(Model):
         x = self.embed_tokens(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         projected = c.word_embed_proj_dim != c.hidden_size
         x = self.project_in(x) if projected else x
-        x = x + self.embed_positions(step.lookup(position_ids) + FIRST_POSITION, self.dtype)
+        x = x + self.embed_positions(step.lookup(position_ids, c.learned_positions) + FIRST_POSITION, self.dtype)
         x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)
         x = self.final_layer_norm(x) if c.has_final_norm else x
         x = self.project_out(x) if projected else x
