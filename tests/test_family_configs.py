@@ -137,3 +137,14 @@ def test_every_stack_is_scanned(model_type):
     """HF's default stack of each family is one or two loops, whatever kinds of layers it mixes; no layer stands alone."""
     plan = segments(AutoConfig.for_model(model_type).layer_kinds)
     assert len(plan) <= 2 and all(period <= 8 and repeats > 1 for _, period, repeats in plan)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"), [("mpt", "attn_config"), ("smollm3", "num_key_value_heads"), ("deepseek_v3", "num_key_value_heads")]
+)
+def test_null_is_what_hf_makes_of_it(model_type, key):
+    ours, theirs = AutoConfig.for_model(model_type, **{key: None}), transformers.AutoConfig.for_model(model_type, **{key: None})
+    if key == "attn_config":
+        assert ours == AutoConfig.for_model("mpt") and theirs.attn_config.softmax_scale is None
+    else:
+        assert ours.num_key_value_heads == theirs.num_key_value_heads == theirs.num_attention_heads

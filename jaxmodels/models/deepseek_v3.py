@@ -32,7 +32,7 @@ class DeepseekV3Config(DeepseekV2Config):
     moe_intermediate_size: int = 2048
     num_hidden_layers: int = 61
     num_attention_heads: int = 128
-    num_key_value_heads: int = 128
+    num_key_value_heads: int | None = 128  # type: ignore[assignment]  # null: as many as query heads
     max_position_embeddings: int = 4096
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1

@@ -44,6 +44,10 @@ class MptConfig(Config):
     layer_norm_epsilon: float = 1e-5
     attn_config: Mapping[str, Any] = FrozenDict()
 
+    def __post_init__(self) -> None:
+        if self.attn_config is None:
+            object.__setattr__(self, "attn_config", FrozenDict())
+
 
 class MptAttention(nn.Module):
     config: MptConfig

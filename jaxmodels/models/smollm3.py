@@ -31,7 +31,7 @@ class SmolLM3Config(MixedLayers, LlamaConfig):
     hidden_size: int = 2048
     num_hidden_layers: int = 36
     num_attention_heads: int = 16
-    num_key_value_heads: int = 4
+    num_key_value_heads: int | None = 4  # type: ignore[assignment]  # null: as many as query heads
     max_position_embeddings: int = 32768
     rope_parameters: RopeParameters = RopeParameters(rope_theta=2e6)
     no_rope_layers: tuple[int, ...] | None = None  # 1 for layers that have it
