@@ -47,6 +47,11 @@ class GPT2Config(Config):
     resid_pdrop: float = 0.1
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    summary_type: str = "cls_index"
+    summary_use_proj: bool = True
+    summary_proj_to_labels: bool = True
+    summary_activation: str | None = None
+    summary_first_dropout: float = 0.1
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
 
@@ -143,22 +148,20 @@ class GPT2LMHeadModel(CausalLM):
 
 
 class SequenceSummary(nn.Module):
-    """One number for each row of tokens, by the config's summary_activation, summary_first_dropout and summary_last_dropout."""
+    """One number for each row of tokens."""
 
     config: GPT2Config
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [...,D], the hidden state of the token that stands for the row -> [...]."""
-        asked = {"summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True}
-        given = self.config.extra
-        for name, value in asked.items():
-            if given.get(name, value) != value:
-                raise ValueError(f"{name} is {given[name]!r} in the config; a choice needs one number from one token, by {value!r}")
-        x = dropout(self, x, given.get("summary_first_dropout", 0.1))
-        x = Linear(1, (None, "embed"), use_bias=True, init_std=self.config.initializer_range, name="summary")(x)[..., 0]
-        x = activation(given.get("summary_activation") or "linear")(x)
-        return dropout(self, x, given.get("summary_last_dropout", 0.0))
+        c = self.config
+        for name, value in {"summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True}.items():
+            if getattr(c, name) != value:
+                raise ValueError(f"{name} is {getattr(c, name)!r} in the config; a choice needs one number from one token, by {value!r}")
+        x = dropout(self, x, c.summary_first_dropout)
+        x = Linear(1, (None, "embed"), use_bias=True, init_std=c.initializer_range, name="summary")(x)[..., 0]
+        return activation(c.summary_activation or "linear")(x)
 
 
 class GPT2DoubleHeadsModel(CausalLM):
