@@ -327,15 +327,17 @@ def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(values: dict[str, Any]) -> dict[str, Any]:
     """The contents of a config.json; of a model of several modalities whose language model is a family here, that one's alone, with the
     special tokens and the quantisation of the whole where it names none."""
     text = values.get("text_config")
-    name = text.get("model_type") if isinstance(text, Mapping) else None
+    if not isinstance(text, dict):
+        return values
+    name = text.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES or find_family(name).config.part_of != values.get("model_type"):
         return values
     shared = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
-    return dict(text) | {name: values[name] for name in shared if text.get(name) is None and values.get(name) is not None}
+    return text | {name: values[name] for name in shared if text.get(name) is None and values.get(name) is not None}
 
 
 def main_dtype(tensors: Mapping[str, Any]) -> np.dtype:

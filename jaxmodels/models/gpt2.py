@@ -189,7 +189,7 @@ class GPT2DoubleHeadsModel(CausalLM):
     ) -> DoubleHeadsOutput:
         """input_ids and what is like them: [B,C,T]. mc_token_ids [B,C]: the column that stands for a choice, by default its last real
         token. labels [B,C,T]: ids, -100 left out; mc_labels [B]: the right choices."""
-        flat = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
+        flat: Any = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
         inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))
         out = self.run_base(*inputs, None, output_hidden_states, output_attentions)
         x = out.last_hidden_state

@@ -67,7 +67,8 @@ class SmolLM3Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
         c = self.config
-        (B, T, D), N, K, H = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        (B, T, D), N, H = x.shape, c.num_attention_heads, c.head_dim
+        K: int = c.num_key_value_heads  # type: ignore[assignment]
         attention, has_rope = self.kind
         dense = partial(Linear, use_bias=c.attention_bias, init_std=c.initializer_range)
         q = dense(N * H, ("heads", "embed"), name="q_proj")(x).reshape(B, T, N, H)
