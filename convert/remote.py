@@ -29,7 +29,7 @@ from jaxmodels.convert.tensors import Index, Tensor, lengths
 GAP = 256 << 10  # bytes that are read sooner than another request is answered
 REQUEST = 4 << 20  # bytes that are asked for at one time
 _REQUESTS = 16  # under way together
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 
 
 class RemotePath:
@@ -99,9 +99,9 @@ class RemotePath:
                 try:
                     return self.fs.cat_file(self.inner, *bounds)
                 except Exception as error:  # every file system has its own
-                    if attempt == _ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
+                    if attempt == _ATTEMPTS or not _passing(error):
                         raise
-                    time.sleep(0.2 * 4**attempt)
+                    time.sleep(0.2 * 2**attempt)
         raise AssertionError
 
     @contextmanager
@@ -125,6 +125,14 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         error = error.__cause__ or error
     return f"{type(error).__name__}: {error}"
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether the same request may be answered later: not where a server has refused it."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 425, 429)
+    return not isinstance(error, FileNotFoundError | PermissionError)
 
 
 def _absent(error: BaseException) -> bool:

@@ -237,7 +237,7 @@ def test_without_fsspec(monkeypatch):
 
 def test_a_request_that_fails_is_repeated(directory, memory, monkeypatch):
     path = remote.RemotePath(memory(directory)) / "config.json"
-    failures = iter([OSError("reset by peer"), OSError("reset by peer"), None, *[OSError("reset by peer")] * 3])
+    failures = iter([OSError("reset by peer"), OSError("reset by peer"), None, *[OSError("reset by peer")] * 5])
     cat, monkeypatched = path.fs.cat_file, []
 
     def flaky(*arguments, **options):
@@ -251,4 +251,33 @@ def test_a_request_that_fails_is_repeated(directory, memory, monkeypatch):
     assert json.loads(path.read_bytes()) == {}
     with pytest.raises(CheckpointError, match=r"config.json: cannot be read: OSError: reset by peer"):
         path.read_bytes()
-    assert len(monkeypatched) == 6
+    assert len(monkeypatched) == 8
+
+
+def test_a_server_in_trouble(directory):
+    """Ranges of tensors that are answered every third time, and never: what comes is whole, what does not is one error in time."""
+    asked = []
+
+    def of_tensors(start, trouble):
+        if start <= 8:  # a header
+            return None
+        asked.append(start)
+        return trouble(asked.count(start))
+
+    for trouble in ("cut", 503, 429):
+        with serving(directory, ill=lambda start: of_tensors(start, lambda n, trouble=trouble: trouble if n % 3 else None)) as (url, _):
+            found = read_checkpoint(url)
+            for key, tensor in read_checkpoint(directory).items():
+                assert found[key].read().tobytes() == tensor.read().tobytes()
+    for trouble, message, times in (
+        ("cut", "cannot be read: ClientPayloadError", 5),
+        (500, "cannot be read: ClientResponseError: 500", 5),
+        (403, "cannot be read: ClientResponseError: 403", 1),
+        (404, "no such file", 1),
+    ):
+        with serving(directory, ill=lambda start: of_tensors(start, lambda n, trouble=trouble: trouble)) as (url, _):
+            found = read_checkpoint(url)
+            asked.clear()
+            with pytest.raises(CheckpointError, match=f"{FIRST}: {message}"):
+                found["layers.0.w"].read()
+            assert len(asked) == times
