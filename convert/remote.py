@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ GAP = 256 << 10  # bytes that are read sooner than another request is answered
 REQUEST = 4 << 20  # bytes that are asked for at one time
 _REQUESTS = 16  # under way together
 _ATTEMPTS = 5
+SILENCE = 60  # seconds without a byte after which an HTTP request has failed
 
 
 class RemotePath:
@@ -151,8 +152,14 @@ def _file_system(url: str) -> Any:
         from fsspec.core import url_to_fs
     except ImportError:
         raise CheckpointError(f"{url}: reading from a URL needs fsspec: pip install fsspec") from None
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        with suppress(ImportError):  # else fsspec says what it needs
+            from aiohttp import ClientTimeout
+
+            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
     try:
-        return url_to_fs(url)[0]
+        return url_to_fs(url, **options)[0]
     except (ImportError, ValueError) as error:  # a protocol whose package is not installed, or an unknown one
         raise CheckpointError(f"{url}: cannot be opened: {error}") from None
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import fsspec
 import jax
@@ -282,3 +283,22 @@ def test_a_server_in_trouble(directory):
             with pytest.raises(CheckpointError, match=f"{FIRST}: {message}"):
                 found["layers.0.w"].read()
             assert len(asked) == times
+
+
+def test_a_server_that_falls_silent(directory, monkeypatch):
+    """The second time it answers; later never, and reading ends."""
+    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    asked = []
+
+    def silent(start):
+        if start > 8:  # headers always come
+            asked.append(start)
+            if len(asked) != 2:
+                Event().wait(0.5)
+
+    with serving(directory, ill=silent) as (url, _):
+        found = read_checkpoint(url)
+        assert found["layers.0.w"].read().tobytes() == read_checkpoint(directory)["layers.0.w"].read().tobytes()
+        with pytest.raises(CheckpointError, match=r"cannot be read: .*Timeout"):
+            found["layers.1.w"].read()
+    assert len(asked) == 2 + 5
