@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,8 @@ from jaxmodels.convert.tensors import Index, Tensor, lengths
 GAP = 256 << 10  # bytes that are read sooner than another request is answered
 REQUEST = 4 << 20  # bytes that are asked for at one time
 _REQUESTS = 16  # under way together
-_ATTEMPTS = 3
+_ATTEMPTS = 5
+SILENCE = 60  # seconds without a byte after which an HTTP request has failed
 
 
 class RemotePath:
@@ -99,9 +100,9 @@ class RemotePath:
                 try:
                     return self.fs.cat_file(self.inner, *bounds)
                 except Exception as error:  # every file system has its own
-                    if attempt == _ATTEMPTS or isinstance(error, FileNotFoundError | PermissionError):
+                    if attempt == _ATTEMPTS or not _passing(error):
                         raise
-                    time.sleep(0.2 * 4**attempt)
+                    time.sleep(0.2 * 2**attempt)
         raise AssertionError
 
     @contextmanager
@@ -127,6 +128,14 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _passing(error: BaseException) -> bool:
+    """Whether the same request may be answered later: not where a server has refused it."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 425, 429)
+    return not isinstance(error, FileNotFoundError | PermissionError)
+
+
 def _absent(error: BaseException) -> bool:
     """Whether an error says that there is no such file, or none for this user: S3 forbids absent files to those who may not list."""
     cause = (
@@ -143,8 +152,14 @@ def _file_system(url: str) -> Any:
         from fsspec.core import url_to_fs
     except ImportError:
         raise CheckpointError(f"{url}: reading from a URL needs fsspec: pip install fsspec") from None
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        with suppress(ImportError):  # else fsspec says what it needs
+            from aiohttp import ClientTimeout
+
+            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)}
     try:
-        return url_to_fs(url)[0]
+        return url_to_fs(url, **options)[0]
     except (ImportError, ValueError) as error:  # a protocol whose package is not installed, or an unknown one
         raise CheckpointError(f"{url}: cannot be opened: {error}") from None
 

@@ -20,11 +20,11 @@ class Chip:
 GiB = 2**30
 # By jax.Device.device_kind, a GPU's by how that begins, the first that fits; of docs.cloud.google.com/tpu/docs and NVIDIA's data sheets.
 CHIPS = {
-    "TPU v4": Chip("half a v4", 137.5e12, 16 * GiB, 614e9, 50e9),  # a v4 or tpu7x chip is two devices
+    "TPU v4": Chip("v4", 275e12, 32 * GiB, 1228e9, 100e9),
     "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GiB, 819e9, 100e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GiB, 2765e9, 200e9),
     "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GiB, 1638e9, 200e9),
-    "TPU7x": Chip("half a tpu7x", 1153.5e12, 96 * GiB, 3690e9, 100e9),
+    "TPU7x": Chip("half a tpu7x", 1153.5e12, 96 * GiB, 3690e9, 100e9),  # a chip is two devices
     "NVIDIA H200": Chip("H200", 989e12, 141e9, 4.8e12, 900e9),
     "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80e9, 2.0e12, 600e9),
     "NVIDIA H100 NVL": Chip("H100 NVL", 835e12, 94e9, 3.9e12, 600e9),

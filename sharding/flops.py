@@ -9,19 +9,23 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+# Of the products of the flash kernel's two backward passes, by their names: those that are not computed again.
+FLASH_BACKWARD = {"splash_mha_dq_": 2 / 3, "splash_mha_dkv_": 2 / 4}
 
-def count_flops(function: Callable[..., Any], *arguments: Any, ragged_share: float = 1.0) -> float:
+
+def count_flops(function: Callable[..., Any], *arguments: Any, ragged_share: float = 1.0, recomputed: bool = True) -> float:
     """Of function(*arguments) over all devices, two for a multiplication and its addition; arguments may be jax.ShapeDtypeStruct.
     What XLA drops or repeats is not seen; a while loop counts once, of a condition the dearer branch, of a Pallas kernel every block
-    of its grid, and of a ragged product's rows `ragged_share`, those that belong to a group."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, ragged_share)
+    of its grid, and of a ragged product's rows `ragged_share`, those that belong to a group. recomputed: whether what flash attention's
+    backward pass computes again counts."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, ragged_share, recomputed)
 
 
-def _count(jaxpr: Jaxpr, ragged_share: float) -> float:
-    return sum(_equation(e, ragged_share) for e in jaxpr.eqns)
+def _count(jaxpr: Jaxpr, *how: Any) -> float:
+    return sum(_equation(e, *how) for e in jaxpr.eqns)
 
 
-def _equation(e: Any, ragged_share: float) -> float:
+def _equation(e: Any, ragged_share: float, recomputed: bool) -> float:
     name, params = e.primitive.name, e.params
     if name == "dot_general":
         (contract, _), _ = params["dimension_numbers"]
@@ -41,7 +45,9 @@ def _equation(e: Any, ragged_share: float) -> float:
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])  # its trace is of one shard
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
-    inner = [_count(j, ragged_share) for j in _jaxprs(params)]
+        if not recomputed:
+            times *= next((share for name, share in FLASH_BACKWARD.items() if str(params["name"]).startswith(name)), 1.0)
+    inner = [_count(j, ragged_share, recomputed) for j in _jaxprs(params)]
     return times * (max(inner, default=0.0) if name == "cond" else sum(inner))
 
 

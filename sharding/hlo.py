@@ -159,9 +159,9 @@ def _group(rest: str, devices: int) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return found[1].count(",") + 1
-    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):  # a ring: as far as it goes from the first device back to it
-        after = {int(a): int(b) for a, b in re.findall(r"(\d+),(\d+)", found[1])}
-        first = place = next(iter(after))
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):  # a ring: as far as it goes from its first device back to it
+        after = {a: b for a, b in re.findall(r"(\d+),(\d+)", found[1]) if a != b}
+        first = place = next(iter(after), "")
         length = 1
         while (place := after.get(place, first)) != first:
             length += 1

@@ -151,8 +151,9 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
         os.environ.setdefault(*setting.split("="))
     from jax.experimental import topologies
 
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}  # as a job sees a v4: one device a chip
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # the runtime's own type, undocumented
         raise ValueError(
             f"topology {name!r}: {str(error).splitlines()[0]}; known forms are v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1"
@@ -163,7 +164,7 @@ def _slice(topology: str) -> tuple[Sequence[jax.Device], Chip]:
     devices = topology_devices(topology)
     chip = chip_of(devices[0].device_kind)
     if chip is None:
-        raise ValueError(f"no peaks are known for {devices[0].device_kind!r}; known are {', '.join(CHIPS)}")
+        raise ValueError(f"topology {topology!r}: no peaks are known for {devices[0].device_kind!r}; known are {', '.join(CHIPS)}")
     return devices, chip
 
 
@@ -181,19 +182,19 @@ def plan(
     scan_layers: bool = True,
     microbatches: int | None = None,
 ) -> Plan:
-    """Compile `job` of the config's causal model for the topology and read what it needs.
+    """Compile `job` of the config's language model (a causal one, an encoder-decoder, or an encoder with its masked head) for the
+    topology and read what it needs.
 
     train: one AdamW step on [batch, length] tokens, float32 master parameters, compute in `dtype`; prefill: a prompt [batch, length] into
-    a cache; decode: one token a row with a cache of `length` slots. rules: a preset; default the one that the mesh's axes ask for.
-    microbatches: as in Rules, of a mesh with `stage`.
+    a cache; decode: one token a row with a cache of `length` slots. Of an encoder-decoder, encoder and decoder train on so many tokens
+    each, the encoder reads the prompt, and decoding looks back on as many of its tokens as there are slots.
+    rules: a preset; default the one that the mesh's axes ask for. microbatches: as in Rules, of a mesh with `stage`.
     ValueError for bad arguments; a program for which the compiler finds no room is a Plan that says so."""
-    from jaxmodels.auto import AutoModelForCausalLM
-
     if job not in JOBS:
         raise ValueError(f"job {job!r} is none of {', '.join(JOBS)}")
+    cls = _class_for(config, job)
     devices, chip = _slice(topology)
     laid = Rules.preset(rules or preset_for(mesh), make_mesh(devices, **mesh), microbatches=microbatches)
-    cls = AutoModelForCausalLM.class_for(config)
     attention = "splash" if job != "decode" and flash_suffices(cls(config)) else None
     model = cls(
         config, dtype=dtype, scan_layers=scan_layers, remat=remat if job == "train" else None, rules=laid, attn_implementation=attention
@@ -202,7 +203,8 @@ def plan(
     unstaged = Rules(laid.mesh, tuple(line for line in laid.table if line[0] != "layers"))
     plain = PROGRAMS[job](dataclasses.replace(model, remat=None, rules=unstaged), batch, length)[0]
     share = _own_rows(laid)
-    flops, useful = (count_flops(function, *arguments, ragged_share=share) for function in (jitted, plain))
+    flops = count_flops(jitted, *arguments, ragged_share=share)
+    useful = count_flops(plain, *arguments, ragged_share=share, recomputed=False)
     shape: dict[str, Any] = {
         "job": job, "topology": topology, "mesh": dict(laid.mesh.shape), "remat": model.remat, "chip": chip, "batch": batch,
         "length": length, "parameters": count_params(abstract_params(model)), "flops": flops, "useful_flops": useful,
@@ -224,6 +226,18 @@ def plan(
         code=m.generated_code_size_in_bytes,
         program=analyse(compiled.as_text(), len(devices)),
     )
+
+
+def _class_for(config: Any, job: str) -> Any:
+    from jaxmodels.auto import AutoModelForMaskedLM, find_family, text_task
+
+    if getattr(config, "is_decoder", True) or "AutoModelForMaskedLM" not in find_family(config.model_type).classes:
+        return text_task(config).class_for(config)
+    if job != "train":
+        raise ValueError(
+            f"job {job!r} is for models that write text; {config.model_type} reads all tokens at once (is_decoder is false): train"
+        )
+    return AutoModelForMaskedLM.class_for(config)
 
 
 @contextmanager
@@ -332,9 +346,9 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 def _prefill(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
     def prefill(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, Any]:
-        out = model.apply(
-            {"params": params}, input_ids, attention_mask=attention_mask, cache=init_cache(model, batch, length), logits_to_keep=1
-        )
+        start = {"decoder_input_ids": jnp.zeros((batch, 1), jnp.int32)} if model.config.is_encoder_decoder else {}
+        cache = init_cache(model, batch, length)
+        out = model.apply({"params": params}, input_ids, attention_mask=attention_mask, cache=cache, logits_to_keep=1, **start)
         return out.logits[:, -1].argmax(-1), out.cache
 
     tokens = _tokens(model, batch, length)
@@ -344,15 +358,21 @@ def _prefill(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
 def _decode(model: Any, batch: int, length: int) -> tuple[Any, tuple]:
     """The greedy loop, of as many steps as it is told: one step counts."""
 
+    encoded = model.config.is_encoder_decoder
+
+    def empty() -> Any:
+        cache = init_cache(model, batch, length)
+        return cache.replace(layers=tuple(s.replace(cross=s.cross.room(length)) for s in cache.layers)) if encoded else cache
+
     def decode(params: Any, input_ids: jax.Array, cache: Any, limit: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
         def step(carry: tuple) -> tuple:
             token, cache, n = carry
-            out = model.apply({"params": params}, token, cache=cache)
+            out = model.apply({"params": params}, **{"decoder_input_ids" if encoded else "input_ids": token}, cache=cache)
             return out.logits[:, -1:].argmax(-1).astype(jnp.int32), out.cache, n + 1
 
         return jax.lax.while_loop(lambda carry: carry[2] < limit, step, (input_ids, cache, jnp.int32(0)))
 
-    cache = jax.eval_shape(lambda: init_cache(model, batch, length)).replace(fresh=False)
+    cache = jax.eval_shape(empty).replace(fresh=False)
     placed = _placed(cache, cache_shardings(cache, model.rules))
     arguments = (abstract_params(model, model.dtype), _tokens(model, batch, 1), placed, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.jit(decode, donate_argnums=2), arguments

@@ -67,8 +67,9 @@ class Job:
 
 
 @contextmanager
-def serving(directory, ranges=True, faults=None):
-    """A server of `directory`: its URL, and the list of what it has sent, (path, bytes). faults: {file name: bytes it seems to have}."""
+def serving(directory, ranges=True, faults=None, ill=None):
+    """A server of `directory`: its URL, and the list of what it has sent, (path, bytes). faults: {file name: bytes it seems to have}. ill:
+    a function of a range's first byte to a status to answer with, "cut" to hang up in the middle of the answer, or None."""
     sent = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -82,10 +83,14 @@ def serving(directory, ranges=True, faults=None):
                 start, stop = int(found[1]), min(int(found[2]) + 1, size)
                 if start >= size:
                     return self.send_error(416)
+                trouble = ill and ill(start)
+                if isinstance(trouble, int):
+                    return self.send_error(trouble)
+                cut = trouble == "cut"
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
             else:
-                start, stop = 0, size
+                start, stop, cut = 0, size, False
                 self.send_response(200)
             self.send_header("Content-Length", str(stop - start))
             self.end_headers()
@@ -93,7 +98,7 @@ def serving(directory, ranges=True, faults=None):
                 sent.append((path.name, stop - start))
                 with path.open("rb") as file:
                     file.seek(start)
-                    self.wfile.write(file.read(stop - start))
+                    self.wfile.write(file.read((stop - start) // (2 if cut else 1)))
 
         do_HEAD = do_GET
 

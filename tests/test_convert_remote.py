@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import fsspec
 import jax
@@ -237,7 +238,7 @@ def test_without_fsspec(monkeypatch):
 
 def test_a_request_that_fails_is_repeated(directory, memory, monkeypatch):
     path = remote.RemotePath(memory(directory)) / "config.json"
-    failures = iter([OSError("reset by peer"), OSError("reset by peer"), None, *[OSError("reset by peer")] * 3])
+    failures = iter([OSError("reset by peer"), OSError("reset by peer"), None, *[OSError("reset by peer")] * 5])
     cat, monkeypatched = path.fs.cat_file, []
 
     def flaky(*arguments, **options):
@@ -251,4 +252,53 @@ def test_a_request_that_fails_is_repeated(directory, memory, monkeypatch):
     assert json.loads(path.read_bytes()) == {}
     with pytest.raises(CheckpointError, match=r"config.json: cannot be read: OSError: reset by peer"):
         path.read_bytes()
-    assert len(monkeypatched) == 6
+    assert len(monkeypatched) == 8
+
+
+def test_a_server_in_trouble(directory):
+    """Ranges of tensors that are answered every third time, and never: what comes is whole, what does not is one error in time."""
+    asked = []
+
+    def answers(trouble, every=0):
+        def of(start):
+            asked.append(start)
+            return None if start <= 8 or (every and asked.count(start) % every == 0) else trouble  # headers always come
+
+        return serving(directory, ill=of)
+
+    for trouble in ("cut", 503, 429):
+        with answers(trouble, 3) as (url, _):
+            found = read_checkpoint(url)
+            for key, tensor in read_checkpoint(directory).items():
+                assert found[key].read().tobytes() == tensor.read().tobytes()
+    for trouble, message, times in (
+        ("cut", "cannot be read: ClientPayloadError", 5),
+        (500, "cannot be read: ClientResponseError: 500", 5),
+        (403, "cannot be read: ClientResponseError: 403", 1),
+        (404, "no such file", 1),
+    ):
+        with answers(trouble) as (url, _):
+            found = read_checkpoint(url)
+            asked.clear()
+            with pytest.raises(CheckpointError, match=f"{FIRST}: {message}"):
+                found["layers.0.w"].read()
+            assert len(asked) == times
+
+
+def test_a_server_that_falls_silent(directory, monkeypatch):
+    """The second time it answers; later never, and reading ends."""
+    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    asked = []
+
+    def silent(start):
+        if start > 8:  # headers always come
+            asked.append(start)
+            if len(asked) != 2:
+                Event().wait(0.5)
+
+    with serving(directory, ill=silent) as (url, _):
+        found = read_checkpoint(url)
+        assert found["layers.0.w"].read().tobytes() == read_checkpoint(directory)["layers.0.w"].read().tobytes()
+        with pytest.raises(CheckpointError, match=r"cannot be read: .*Timeout"):
+            found["layers.1.w"].read()
+    assert len(asked) == 2 + 5

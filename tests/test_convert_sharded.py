@@ -20,6 +20,7 @@ from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.files import PART, SHARDING_INFO, read_annotated, read_checkpoint, write_checkpoint, write_file
 from jaxmodels.convert.rules import Split, Stack, StackExperts, Transpose, inverse
 from jaxmodels.convert.tensors import as_tensor, lengths
+from jaxmodels.sharding.rules import MESH_AXES, PRESETS
 
 
 def as_numpy(tensor):
@@ -112,6 +113,46 @@ def test_parts_and_whole_files_take_each_others_place(tmp_path):
         names = [file.name for file in (tmp_path / "m").iterdir() if file.suffix == ".safetensors"]
         assert names and all((PART.fullmatch(name) is None) == consolidate for name in names)
         assert_whole(tmp_path / "m")
+
+
+# ---- any mesh --------------------------------------------------------------------------------------------------------
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONFIGS = {
+    "mixtral": SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt2": SHAPE | {"n_positions": 64},  # fused and transposed
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{family: a checkpoint of it, saved by one device}."""
+    path = tmp_path_factory.mktemp("models")
+    for name, values in CONFIGS.items():
+        config = jm.AutoConfig.for_model(name, **values)
+        model = jm.AutoModelForCausalLM.class_for(config)(config)
+        params = jax.tree.map(lambda leaf: np.random.default_rng(leaf.size).random(leaf.shape, np.float32), jm.abstract_params(model))
+        jm.save_pretrained(path / name, model, params, max_shard_size="40KB")
+    return path
+
+
+@given(st.data())
+@settings(max_examples=10, deadline=None)
+def test_saved_under_one_mesh_loaded_under_any_other(models, data):
+    """Whatever axes, preset and form: every leaf lies where the rules say, and what is saved has the bytes of what was loaded."""
+    name = data.draw(st.sampled_from(sorted(CONFIGS)))
+    source, whole = models / name, {file.name: file.read_bytes() for file in (models / name).glob("*.safetensors")}
+    for turn in range(2):
+        axes, sizes = data.draw(st.permutations(MESH_AXES)), data.draw(st.sampled_from([(8,), (4, 2), (2, 4), (2, 2, 2)]))
+        mesh = jm.make_mesh(**dict(zip(axes, sizes)))
+        where = {"rules": data.draw(st.sampled_from(sorted(PRESETS))), "scan_layers": data.draw(st.booleans())}
+        model, params = jm.AutoModelForCausalLM.from_pretrained(source, mesh=mesh, dtype="float32", **where)
+        for leaf, spec in zip(*map(jax.tree.leaves, (params, jm.abstract_params(model))), strict=True):
+            assert leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim)
+        consolidate = turn == 1 or data.draw(st.booleans())
+        source = models / f"{name}-{turn}"
+        jm.save_pretrained(source, model, params, max_shard_size="40KB", consolidate=consolidate)
+    assert {file.name: file.read_bytes() for file in source.glob("*.safetensors")} == whole
 
 
 # ---- who holds what --------------------------------------------------------------------------------------------------

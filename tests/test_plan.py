@@ -2,24 +2,33 @@
 
 import importlib.util
 import json
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels.cli.main import main
+from jaxmodels.models.bert import BertConfig, BertForMaskedLM
+from jaxmodels.models.gemma2 import Gemma2Config
+from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mamba import MambaConfig
 from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.models.t5 import T5Config
 from jaxmodels.ops.moe import gated_mlp, mix_experts
-from jaxmodels.sharding import make_mesh
+from jaxmodels.ops.splash import splash
+from jaxmodels.sharding import Rules, make_mesh
+from jaxmodels.sharding.chips import chip_of
 from jaxmodels.sharding.flops import count_flops
 from jaxmodels.sharding.hlo import analyse, size
-from jaxmodels.sharding.plan import plan, preset_for, rank, sweep_meshes
+from jaxmodels.sharding.plan import _class_for, _uncached, plan, preset_for, rank, sweep_meshes, topology_devices
 from jaxmodels.training import make_train_step
 
 needs_libtpu = pytest.mark.skipif(
@@ -89,6 +98,13 @@ def test_flops():
     share, experts = jnp.ones((8, 2)), {name: jnp.ones((4, 16, 16)) for name in ("gate_proj", "up_proj", "down_proj")}
     mixed = lambda w, x: mix_experts(partial(gated_mlp, jnp.sin), w, x, share, jnp.array([[0, 1]] * 8)).sum()
     assert count_flops(jax.grad(mixed, (0, 1)), experts, x[0]) == 3 * 3 * 2 * (8 * 2) * 16 * 16  # no product twice
+    q, k, p = jnp.ones((1, 256, 4, 128)), jnp.ones((1, 256, 2, 128)), jnp.arange(256)[None]
+    flash = lambda q, k, v: splash(q, k, v, p, p, 0.1, interpret=True)[0].sum()
+    forward, backward = count_flops(flash, q, k, k), jax.grad(flash, (0, 1, 2))
+    assert forward == 2 * 2 * 4 * 256 * 256 * 128
+    again = 3 / 7 * 7 / 2  # three of seven products of the backward pass, each half as dear as the forward pass
+    assert count_flops(backward, q, k, k) == pytest.approx((3 + again) * forward, rel=1e-2)
+    assert count_flops(backward, q, k, k, recomputed=False) == pytest.approx(3 * forward, rel=1e-2)
     mesh = make_mesh(data=8)
     shard = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert count_flops(shard, jnp.ones((64, 16))) == 8 * 2 * 8 * 8 * 16
@@ -166,6 +182,62 @@ def test_a_plan(tmp_path, capsys, cached):
     assert list(cached.iterdir())  # what runs here is kept as before
 
 
+FAMILIES = {  # configs, and how many all-reduces of [B, hidden] a layer needs
+    "windows, soft caps": (Gemma2Config(**TINY | {"num_hidden_layers": 4}, num_key_value_heads=4, sliding_window=100), 2),
+    "biases": (GPT2Config.from_dict({"vocab_size": 512, "n_embd": 256, "n_layer": 3, "n_head": 4}), 2),
+    "recurrent": (MambaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=3, state_size=16), 1),
+    "encoder-decoder": (
+        T5Config(vocab_size=512, hidden_size=256, head_dim=64, d_ff=512, num_hidden_layers=3, num_decoder_layers=3, num_attention_heads=4),
+        3,
+    ),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_kind_of_model_decodes_without_gathering_weights(kind):
+    config, reductions = FAMILIES[kind]
+    found = plan(config, topology="v5e:2x2", mesh={"tensor": 4}, job="decode", batch=16, length=256)
+    assert kinds(found.program, 16 * 256 * 2) == {("all-reduce", 4): reductions * config.num_hidden_layers + 1}
+
+
+@needs_libtpu
+def test_jobs_of_encoders():
+    """An encoder-decoder reads the prompt with its encoder; an encoder alone trains, by its masked head, and writes nothing."""
+    config, (batch, length) = FAMILIES["encoder-decoder"][0], (16, 256)
+    found = plan(config, topology="v5e:2x2", mesh={"fsdp": 4}, job="prefill", batch=batch, length=length)
+    token = 2 * (4 * 256 * 256 + 2 * 256 * 512) + 4 * 256 * length  # projections and MLP of an encoder's token, and its attention
+    assert found.fits and found.flops == pytest.approx(batch * length * 3 * (token + 2 * 2 * 256 * 256), rel=0.05)  # and cross keys, values
+    bert = BertConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    for job in ("prefill", "decode"):
+        with pytest.raises(ValueError, match=rf"job '{job}' is for models that write text; bert reads all tokens at once"):
+            plan(bert, topology="v5e:2x2", mesh={"fsdp": 4}, job=job, batch=batch, length=length)
+    assert _class_for(bert, "train") is BertForMaskedLM
+
+
+@needs_libtpu
+def test_slices():
+    """Real devices of two slices: the first axis crosses them, and a program compiles for both."""
+    topology_devices("v5e:2x2")  # libtpu's settings
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    rules = Rules.preset("fsdp+tensor", make_mesh(devices, data=2, fsdp=2, tensor=-1))
+    assert [{device.slice_index for device in part.flat} for part in rules.mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="its first axis crosses the 2 slices"):
+        make_mesh(devices, data=1, fsdp=8)
+    spec = lambda axes, shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rules.sharding(axes, shape))
+    arguments = spec(("mlp", "embed"), (512, 256)), spec(("batch", None), (64, 256))
+    with _uncached():
+        compiled = jax.jit(jax.grad(lambda w, x: jnp.square(x @ w.T).sum())).lower(*arguments).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == 2 * (512 * 256 // 4 + 64 * 256 // 4)
+
+
+@needs_libtpu
+def test_a_v4_is_one_device_a_chip():
+    devices = topology_devices("v4:2x2x1")
+    assert dict(make_mesh(devices, tensor=4).shape) == {"tensor": 4}
+    assert chip_of(devices[0].device_kind).flops == 275e12
+
+
 @needs_libtpu
 def test_what_does_not_fit_is_a_plan_too(capsys):
     build = partial(plan, LLAMA_70B, topology="v5e:2x2", mesh={"tensor": 4}, job="decode")
@@ -183,6 +255,7 @@ def test_refusals(tmp_path, capsys):
     for extra, words in [
         (["--topology", "v5e:2x2", "--mesh", "tensor=3"], "does not fit 4 devices"),
         (["--topology", "v5e:2x2", "--mesh", "tensor:4"], "expected sizes such as"),
+        (["--topology", "v5e:2x2", "--mesh", "tensor=4,tensor=4"], "expected sizes such as"),
         (["--topology", "v9:2x2", "--mesh", "tensor=4"], "topology 'v9:2x2'"),
         (["--topology", "v5e:2x2"], "--mesh is needed"),
     ]:
@@ -287,3 +360,26 @@ def test_mixtral_trains_with_expert_parallelism():
     reduced = [c for c in large if c.kind == "all-reduce"]
     assert sum(c.count for c in reduced if c.bytes == expert_bytes) == 2 * 32
     assert sum(c.count * c.bytes for c in reduced if c.bytes != expert_bytes) < 2e9
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_zero_reduces_whole_gradients_and_split_ones():
+    """ZeRO-1 sums whole gradients over all chips; of ZeRO-2 each chip keeps its part, by the same collectives as ZeRO-3. Both hold whole
+    parameters and split moments, and gather the parameters once, updated."""
+    config, mesh = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 1024}), {"data": 2, "fsdp": 4}
+    found = {}
+    for rules in ("zero1", "zero2", "fsdp"):
+        found[rules] = plan(config, topology="v5e:2x4", mesh=mesh, job="train", batch=16, length=512, rules=rules)
+    held = 4 * found["zero1"].parameters
+    for rules, parts in (("zero1", 1 + 2 / 4), ("zero2", 1 + 2 / 4), ("fsdp", 3 / 4)):
+        assert found[rules].arguments == pytest.approx(parts * held, rel=0.02)
+    sums = {rules: Counter() for rules in found}
+    for rules, report in found.items():
+        for c in report.program.collectives:
+            sums[rules][c.kind, c.group] += c.count * c.bytes
+    reduced = [key for key in sums["fsdp"] if key[0] in ("all-reduce", "reduce-scatter")]
+    assert {key: sums["zero2"][key] for key in reduced} == {key: sums["fsdp"][key] for key in reduced}
+    assert sums["zero1"]["all-reduce", 8] > 0.9 * held / 2 > 4 * sums["zero2"]["all-reduce", 8]  # gradients are bfloat16
+    assert sums["zero2"]["reduce-scatter", 4] and not sums["zero1"]["reduce-scatter", 4]
+    assert all(sums[rules]["all-gather", 4] == pytest.approx(held, rel=0.02) for rules in ("zero1", "zero2"))

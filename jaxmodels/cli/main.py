@@ -29,9 +29,9 @@ def hub_options(args: argparse.Namespace) -> dict[str, Any]:
 def mesh_sizes(text: str) -> dict[str, int]:
     """--mesh fsdp=4,tensor=2 as {name: size}."""
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-        if all(size > 0 or size == -1 for size in sizes.values()):
-            return sizes
+        pairs = [(name, int(size)) for name, size in (part.split("=") for part in text.split(","))]
+        if all(size > 0 or size == -1 for _, size in pairs) and len(dict(pairs)) == len(pairs):
+            return dict(pairs)
     except ValueError:
         pass
     raise ValueError(f"--mesh {text!r}: expected sizes such as fsdp=4,tensor=2")
