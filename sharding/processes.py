@@ -100,6 +100,11 @@ def from_first(doing: str, text: str) -> str:
     return _gather(doing, text)[0]
 
 
+def from_all(doing: str, text: str) -> list[str]:
+    """The texts of all processes, on every process."""
+    return _gather(doing, text)
+
+
 def _itself(x: jax.Array) -> jax.Array:
     return x
 

@@ -21,6 +21,7 @@ from jaxmodels.sharding import global_batch, process_rows, process_share, to_hos
 from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_last_checkpoint
 from jaxmodels.training.batches import Stream
 from jaxmodels.training.checkpoints import Checkpoints, describe, restore
+from jaxmodels.training.data import Examples, mixture, packed_batches
 from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, load_adapter, save_adapter
 
 MESH = {"fsdp": 4, "tensor": 2}
@@ -193,9 +194,13 @@ def trained(directory, path, mesh):
     pair = lambda i: {"chosen_input_ids": rows[i]["input_ids"], "rejected_input_ids": rows[i + 6]["input_ids"][:7]}
     pairs = [pair(i) | {name.replace("input_ids", "labels"): ids for name, ids in pair(i).items()} for i in range(5)]
     settings = SimpleNamespace(dpo=SimpleNamespace(loss_type="sigmoid"), training=trainer.args)
-    found = referenced(settings, model, trainer.params, DataCollatorForPreference(0), pairs)
+    found = referenced(settings, model, trainer.params, DataCollatorForPreference(0), Examples(pairs, dict))
+    assert len(list(Path(directory).glob("reference-*/logps.safetensors"))) == 1
+    kept = referenced(settings, model, trainer.params, None, Examples(pairs, dict))  # read, as there is nothing to collate with
+    assert all(np.array_equal(one[name], other[name]) for one, other in zip(found, kept) for name in one)
     stream = Stream([], labels=["labels"], rules=model.rules).make({"input_ids": np.zeros((4, 12), np.int32)})
     return {
+        "resumed": streamed(model.rules, ragged),
         "share": process_share(model.rules),
         "stream": [stream.rows, stream.real],
         "losses": losses,
@@ -204,6 +209,24 @@ def trained(directory, path, mesh):
         "labels": predicted.label_ids,
         "reference": [[one["reference_chosen_logps"], one["reference_rejected_logps"]] for one in found],
     }
+
+
+def streamed(rules, ragged):
+    """Whether a stream that packs goes on where it stopped, and where that is on this process."""
+    index, count = process_share(rules)
+    documents = [{"input_ids": np.asarray(row["input_ids"]), "labels": np.asarray(row["input_ids"])} for row in ragged]
+    mixed = mixture([documents], seed=1, process_index=index, process_count=count)
+    source = lambda: Stream(packed_batches(mixed, 2, 16, window=3), labels=["labels"], rules=rules)
+    stream, other = source(), source()
+    read = stream.epoch(0)
+    for _ in range(5):
+        next(read)
+    position = json.loads(json.dumps(stream.position()))
+    other.set_position(position)
+    same = all(
+        np.array_equal(next(read).arrays["input_ids"], next(again).arrays["input_ids"]) for again in [other.epoch(0)] for _ in range(4)
+    )
+    return [same, len(position["shares"]), len({json.dumps(share["state"]["value"]["parent"]) for share in position["shares"]})]
 
 
 def trainers(process, directory, path):

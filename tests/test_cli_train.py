@@ -146,7 +146,15 @@ def test_dpo_prefers_what_was_chosen(files, tmp_path):
     out = tmp_path / "dpo"
     config = settings(files, out, "pairs.jsonl", job="dpo", training={"num_train_epochs": 2, "max_steps": -1, "learning_rate": 1e-3})
     assert main(["train", str(config)]) == 0
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    kept = list(out.glob("reference-*/*"))
+    before, when = (out / "log.jsonl").read_text(), [file.stat().st_mtime_ns for file in kept]
+    assert main(["train", str(config), "num_train_epochs=3", f"data.eval=[{{path: {files}/pairs.jsonl}}]", "--eval_strategy", "epoch"]) == 0
+    assert len(kept) == 1 and when == [
+        file.stat().st_mtime_ns for file in out.glob("reference-*/*")
+    ]  # of the same pairs: not computed again
+    lines = [json.loads(line) for line in before.splitlines()]
+    assert any("eval_rewards/accuracies" in line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+    loads_in_torch(out / "hf")
     lines = [line for line in lines if "loss" in line]
     assert len(lines) == 12 and abs(lines[0]["loss"] - np.log(2)) < 1e-5  # the reference is the model itself
     assert lines[-1]["loss"] < 0.6 and lines[-1]["rewards/accuracies"] == 1 and lines[-1]["rewards/margins"] > 0.1
@@ -209,6 +217,22 @@ def test_every_field_may_be_overridden(files, tmp_path):
     )
 
 
+def test_numbers_and_words(tmp_path, files, capsys):
+    """1e-4 is a number in whatever field, `no` a word and, where yes or no is asked, an answer; every field is listed."""
+    path = settings(files, tmp_path / "x", "texts.jsonl", training={"learning_rate": 1})
+    path.write_text(path.read_text() + "job: sft\n" + "dpo: {beta: 1e-1}\n")
+    found = read_settings(path, ["eval_strategy=no", "--bf16", "yes", "--lr_scheduler_kwargs", "{min_lr: 1e-6, a: [.5, -3E+2, 1_000]}"])
+    assert found.training.eval_strategy == "no" and found.training.bf16 is True and found.dpo.beta == 0.1
+    assert found.training.lr_scheduler_kwargs == {"min_lr": 1e-6, "a": [0.5, -300.0, 1000]}
+    path.write_text(path.read_text() + "job: dpo\n")
+    with pytest.raises(ValueError, match=r"not readable as YAML \('job' stands twice in one place"):
+        read_settings(path)
+    assert main(["train", "nowhere.yaml", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert "  training.learning_rate: float = 5e-05" in listed and "  data.train.0.path: str | list[str]\n" in listed
+    assert "  lora.r: int = 8" in listed and "  job: str = 'pretrain'" in listed
+
+
 WRONG = {
     "lenth=3": "lenth is not a field; the closest is data.length",
     "training.learning_rat=3": "training.learning_rat is not a field; the closest is training.learning_rate",
@@ -226,7 +250,7 @@ WRONG = {
     "training=3": "training is 3; expected fields, such as output_dir",
     "job=sftt": "job is 'sftt'; expected one of pretrain, sft, dpo, lora",
     "job.x=3": "job is 'pretrain', which has no field 'x'",
-    "mesh={fsdp: four}": "mesh is {'fsdp': 'four'}; expected numbers of devices",
+    "mesh.fsdp=four": "mesh is {'fsdp': 'four'}; expected numbers of devices",
     "rules=fsdp": "rules 'fsdp' need a mesh",
     "data.train=[]": "data: train is empty; expected a source",
     "length=1": "data: length is 1; expected at least 2",
@@ -234,6 +258,9 @@ WRONG = {
     "training.max_grad_norm=-1": "training: max_grad_norm is -1.0; expected at least 0",
     "lora.r=0": "lora: LoRA's rank r is 0",
     "dpo.beta=[": "dpo.beta: '[' is not readable as YAML",
+    "--bf16 --max_steps 1": "'--bf16': expected --section.field value or section.field=value",
+    "eval_strategy=epoch": "training.eval_strategy is 'epoch': evaluation needs data.eval",
+    "training.fp16=perhaps": "training.fp16 is 'perhaps'; expected bool",
     "max_steps": "'max_steps': expected --section.field value or section.field=value",
     "--max_steps": "'--max_steps': expected --section.field value or section.field=value",
 }
@@ -242,7 +269,7 @@ WRONG = {
 @pytest.mark.parametrize("word", WRONG)
 def test_wrong_settings_are_one_line(files, tmp_path, capsys, word):
     path = settings(files, tmp_path / "x", "texts.jsonl", job="pretrain")
-    assert main(["train", str(path), word]) == 1
+    assert main(["train", str(path), *word.split(" ")]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"jaxmodels: {WRONG[word]}") and err.count("\n") == 1
     assert not (tmp_path / "x").exists()
@@ -258,6 +285,10 @@ def test_wrong_data_is_one_line(files, tmp_path, capsys):
 
     assert "job dpo takes no data.packing and no weights" in says("job=dpo", "data.packing=true")
     assert "job dpo takes no data.packing and no weights" in says("job=dpo", "data.train.0.weight=2")
+    assert "row 0: has no field 'chosen'; it has 'input_ids', " in says("job=dpo", f"data.train.0.path={files}/packed/*.array_record")
+    assert "nowhere.jsonl: no such file" in says("data.train.0.path=nowhere.jsonl", "model.path=nowhere", f"model.tokenizer={files}/model")
+    assert "optim 'adamx' is not known" in says("job=dpo", f"data.train.0.path={files}/pairs.jsonl", "optim=adamx")
+    assert not (tmp_path / "x").exists()
     assert f"{tmp_path}/bad.jsonl, line 3: has no field 'text'; it has 'txt'" in says(f"data.train.0.path={tmp_path}/bad.jsonl")
     assert f"{files}/packed/rows-00000.array_record, row 0: is packed to 32 tokens, data.length is 48" in says(
         f"data.train.0.path={files}/packed/rows-00000.array_record", "length=48"

@@ -454,6 +454,20 @@ def test_fp16_and_schedule_free(tmp_path):
     assert free.state.total_flos == made.state.total_flos > 0  # what the first computes again does not count
 
 
+def test_the_rate_of_a_step_that_float16_skips(tmp_path, monkeypatch):
+    """The schedule stands still, as in HF, also where the run goes on from a checkpoint behind the skipped steps."""
+    monkeypatch.setattr(LossScale, "initial", staticmethod(lambda: LossScale(jnp.float32(2.0**30), jnp.int32(0))))
+    options = {"fp16": True, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 20, "max_steps": 40}
+    made = train(tmp_path, extra=[Stop(20)], **options)
+    records = made.state.log_history[:20]
+    skipped = np.array([not np.isfinite(record["grad_norm"]) for record in records])
+    assert 2 <= skipped.sum() < 20
+    made = train(tmp_path, resume=True, **options)
+    rates = [record["learning_rate"] for record in made.state.log_history if "learning_rate" in record]
+    applied = np.cumsum(np.r_[0, ~skipped, np.ones(19, bool)])  # updates before each step
+    np.testing.assert_allclose(rates, 1e-2 * (1 - applied / 40), rtol=1e-6)
+
+
 def test_torch_loads_what_a_mesh_trained(tmp_path):
     torch.manual_seed(0)
     start = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2))

@@ -1,5 +1,6 @@
 """Training data: rows of real files, examples as transformers' tokenizers make them, streams that go on exactly where they stopped."""
 
+import gzip
 import itertools
 import json
 import re
@@ -133,6 +134,26 @@ def test_broken_rows_are_named(tmp_path, tokenizer, kind):
             list(stream)
 
 
+def test_marks_and_packed_files(tmp_path, monkeypatch):
+    """A byte order mark is no text; .gz files have the rows of what they pack; ~ is the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = '\ufeff{"text": "größe"}\r\n\n{"text": "b"}\n'.encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    for path in ("~/a.jsonl", "~/b.jsonl.gz"):
+        rows = read_rows(path)
+        assert list(rows) == [{"text": "größe"}, {"text": "b"}] and rows.where(1).endswith("line 3")
+    assert len(read_rows(tmp_path)) == 4
+    assert read_rows(tmp_path / "a.jsonl", "document")[0]["text"].startswith("{")
+    (tmp_path / "empty.txt.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf\none\n")
+    assert len(read_rows(tmp_path / "empty.txt.gz")) == 0 and list(read_rows(tmp_path / "mark.txt")) == [{"text": "one"}]
+    for name, broken in (("cut", gzip.compress(b"text\n" * 99)[:-9]), ("none", b"text")):
+        (tmp_path / f"{name}.txt.gz").write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}.txt.gz: is not a file of format text"):
+            read_rows(tmp_path / f"{name}.txt.gz")
+
+
 def test_broken_files_are_named(tmp_path, monkeypatch):
     for name in ("a.parquet", "a.array_record", "a.npy"):
         (tmp_path / name).write_bytes(b"nothing of the kind")
@@ -153,6 +174,13 @@ def test_broken_files_are_named(tmp_path, monkeypatch):
         read_rows(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="format 'csv' is not known"):
         read_rows(tmp_path / "a.csv", "csv")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(9)]}), tmp_path / "page.parquet", row_group_size=5)
+    data = bytearray((tmp_path / "page.parquet").read_bytes())
+    data[4:40] = bytes(byte ^ 0x5A for byte in data[4:40])
+    (tmp_path / "page.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"^[^\n]*page.parquet, row 3: row group 0 cannot be read: [^\n]*$"):
+        read_rows(tmp_path / "page.parquet")[3]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="read by pyarrow, which is not installed: pip install pyarrow"):
         read_rows(tmp_path / "a.parquet")
@@ -383,6 +411,22 @@ def test_a_state_of_other_data_is_refused(tmp_path, tokenizer):
     plain = lambda n: iter(batches(mixture([numbers(n)]), 2, collators.default_data_collator))
     with pytest.raises(ValueError, match="saved '7 examples', now '8 examples'"):
         plain(8).set_state(plain(7).get_state())
+    with pytest.raises(ValueError, match="another stream: batch_size: saved 2, now 3"):
+        iter(batches(mixture([numbers(7)]), 3, collators.default_data_collator)).set_state(plain(7).get_state())
+    with pytest.raises(ValueError, match="batch_size: saved None"):  # of a state that has none
+        plain(7).set_state({"of": packed("a.jsonl").about, "parent": None})
+    mixed = lambda weights=(1, 1), index=0, **options: iter(
+        packed_batches(mixture([numbers(7), numbers(9)], weights, process_index=index, process_count=2, **options), 2, 8)
+    )
+    mixed((2, 2)).set_state(mixed().get_state())
+    for other, message in (
+        (mixed((3, 1)), r"weights: saved 0.5, now 0.75"),
+        (mixed(seed=1), r"order: saved 0, now 1"),
+        (mixed(shuffle=False), r"order: saved 0, now 'as it stands'"),
+        (mixed(index=1), r"share: saved '0 of 2', now '1 of 2'"),
+    ):
+        with pytest.raises(ValueError, match=f"in another stream: {message}$"):
+            other.set_state(mixed().get_state())
     rows = lambda name: Dataset(documents(name)[0], 2, collator=None, labels=[])
     with pytest.raises(ValueError, match=r"stopped in: data: saved 'a.jsonl, .* now 'b.jsonl, "):
         rows("b.jsonl").set_position(rows("a.jsonl").position())

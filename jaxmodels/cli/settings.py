@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -20,6 +21,26 @@ try:
     import yaml
 except ImportError as error:
     raise ImportError("the settings of a run need PyYAML, which is not installed: pip install 'jaxmodels[train]'") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """With YAML 1.2's scalars, among which 1e-4 is a number and `no` a word. A name that stands twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice in one place", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in _REPLACED] for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_REPLACED[0], re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_FLOAT = r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+_Loader.add_implicit_resolver(_REPLACED[1], re.compile(_FLOAT), list("-+0123456789."))
+WORDS = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1's, where a field is yes or no
 
 JOBS = ("pretrain", "sft", "dpo", "lora")
 
@@ -127,6 +148,12 @@ class Settings:
             raise ValueError(f"rules {self.rules!r} need a mesh, such as mesh: {{fsdp: 4, tensor: 2}}")
         if self.job == "dpo" and (self.data.packing or any(source.weight != 1 for source in self.data.train)):
             raise ValueError("job dpo takes no data.packing and no weights: its sources are read one after another, a pair to a row")
+        if self.data.packing is None:
+            self.data.packing = self.job == "pretrain"
+        if self.training.eval_strategy != "no" and not self.data.eval:
+            raise ValueError(
+                f"training.eval_strategy is {self.training.eval_strategy!r}: evaluation needs data.eval, sources as data.train's"
+            )
         if self.job == "lora" and self.lora is None:
             self.lora = LoraConfig()
 
@@ -136,7 +163,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     `section.field=value`; items of lists by number; a field that one section alone has may go without it. Values are YAML.
     ValueError names what is wrong and where."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # which is a safe one
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
@@ -151,12 +178,12 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     while left:
         word = left.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not equals and word.startswith("--") and left:
+        if not equals and word.startswith("--") and left and not left[0].startswith("--"):
             value, equals = left.pop(0), "="
         if not equals:
             raise ValueError(f"{word!r}: expected --section.field value or section.field=value")
         try:
-            found.append((name, yaml.safe_load(value)))
+            found.append((name, yaml.load(value, _Loader)))
         except yaml.YAMLError:
             raise ValueError(f"{name}: {value!r} is not readable as YAML") from None
     return found
@@ -166,6 +193,21 @@ def _fields(cls: Any) -> dict[str, Any]:
     """{field: its type} of what may be set from outside."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name != "extra"}
+
+
+def fields_in_words(cls: Any = Settings, where: str = "") -> str:
+    """Every field, its type and its default, a line each; sections with what they say of themselves."""
+    text, lines = " ".join((cls.__doc__ or "").split()), []
+    for field in dataclasses.fields(cls):
+        kind, name = _fields(cls).get(field.name), _path(where, field.name)
+        if kind is None:
+            continue
+        if dataclasses.is_dataclass(_inner(kind)):
+            lines.append(fields_in_words(_inner(kind), f"{name}.0" if field.type.startswith("list") else name))  # type: ignore[union-attr]
+            continue
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        lines.append(f"  {name}: {field.type}" + ("" if made is dataclasses.MISSING else f" = {made!r}"))
+    return "\n".join([f"\n{where or 'fields'}: {text}\n", *lines])
 
 
 def _inner(kind: Any) -> Any:
@@ -254,9 +296,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     fits = isinstance(value, tuple(each for each in plain if each is not Any)) and (bool in plain or not isinstance(value, bool))
     if fits or Any in plain:
         return value
+    if bool in plain and str not in plain and str(value).lower() in WORDS:
+        return WORDS[value.lower()]
     number = next((each for each in (int, float) if each in plain), None)
     if number and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
-            if float(value) == number(float(value)):  # YAML takes 1e-4 for text
+            if float(value) == number(float(value)):  # YAML takes 1_000.0 for text
                 return number(float(value))
     raise ValueError(f"{where} is {value!r}; expected {' or '.join('nothing' if e is types.NoneType else e.__name__ for e in plain)}")

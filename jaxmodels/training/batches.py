@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxmodels.ops.loss import IGNORE
-from jaxmodels.sharding.processes import global_batch, process_share
+from jaxmodels.sharding.processes import from_all, global_batch, process_share
 from jaxmodels.sharding.rules import Rules
 from jaxmodels.training.collators import draws
 from jaxmodels.training.sources import differences, identity
@@ -214,7 +215,7 @@ class Stream:
 
     def __init__(self, iterable: Any, *, labels: Sequence[str], rules: Rules | None = None):
         self.iterable, self.labels = iterable, labels
-        _, self.pieces = process_share(rules)
+        self.piece, self.pieces = process_share(rules)
         self.steps = len(iterable) if hasattr(iterable, "__len__") else None
         self.iterator: Any = None
         self.read = self.rows = 0
@@ -245,15 +246,27 @@ class Stream:
         return Batch(arrays, rows, real * self.pieces, real, f"batch {self.read} of the iterable's pass")
 
     def position(self) -> dict[str, Any]:
+        """Of every share: processes that pack stand at different places after as many batches. All of them make this call."""
         state = self.iterator.get_state() if hasattr(self.iterator, "get_state") else None
         coded = {"bytes": b64encode(state).decode()} if isinstance(state, bytes) else {"value": state}
-        return {"read": self.read, "rows": self.rows, "state": coded}
+        mine = {"read": self.read, "rows": self.rows, "state": coded}
+        if self.pieces == 1:
+            return {"shares": [mine]}
+        shares = dict(json.loads(text) for text in from_all("the position in the data", json.dumps([self.piece, mine])))
+        return {"shares": [shares[piece] for piece in range(self.pieces)]}
 
     def set_position(self, saved: Mapping[str, Any]) -> None:
-        if "state" not in saved:
+        """ValueError when what was saved is of a dataset, or of other shares."""
+        if "shares" not in saved:
             raise ValueError("the checkpoint stopped in a dataset of another kind than this iterable")
-        self.read, self.rows, self.iterator = int(saved["read"]), int(saved["rows"]), iter(self.iterable)
-        coded = saved["state"]
+        if len(saved["shares"]) != self.pieces:
+            raise ValueError(
+                f"the checkpoint stopped in a stream that came in {len(saved['shares'])} processes' shares; now there are {self.pieces}, "
+                "which would read some rows twice and others never"
+            )
+        mine = saved["shares"][self.piece]
+        self.read, self.rows, self.iterator = int(mine["read"]), int(mine["rows"]), iter(self.iterable)
+        coded = mine["state"]
         state = b64decode(coded["bytes"]) if "bytes" in coded else coded["value"]
         if state is not None and hasattr(self.iterator, "set_state"):
             self.iterator.set_state(state)

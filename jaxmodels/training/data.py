@@ -203,7 +203,23 @@ def mixture(
         if shuffle:
             part = part.shuffle(seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
         parts.append(part[index::count].repeat(epochs))
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    shares = [weight / sum(weights) for weight in weights] if weights is not None else [1 / len(parts)] * len(parts)
+    return Mixed(mixed, weights=shares, order=seed if shuffle else "as it stands", share=f"{index} of {count}")
+
+
+class Mixed(grain.MapDataset):
+    """The examples of another, and `about`: the settings that they depend on."""
+
+    def __init__(self, parent: grain.MapDataset, **about: Any):
+        super().__init__(parent)
+        self.about = about
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.slice(index) if isinstance(index, slice) else self._parent[index]
 
 
 def batches(
@@ -213,7 +229,8 @@ def batches(
     ahead, in as many threads."""
     make = (lambda i, rows: collator(rows, step=i)) if draws(collator) else (lambda i, rows: collator(rows))
     rows = dataset.batch(batch_size, drop_remainder=drop_remainder, batch_fn=list)
-    return Known(rows.map_with_index(make).to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)))
+    read = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    return Known(rows.map_with_index(make).to_iter_dataset(read), batch_size=batch_size)
 
 
 def packed_batches(
@@ -228,22 +245,25 @@ def packed_batches(
 
 
 class Known(grain.IterDataset):
-    """A stream whose states say what they were taken in, the files of its sources and what else `about` has; ValueError where one is set
-    in another."""
+    """A stream whose states say what they were taken in: the files of its sources, the settings of its mixtures and what else `about` has;
+    ValueError where one is set in another."""
 
     def __init__(self, parent: grain.IterDataset, **about: Any):
         super().__init__(parent)
-        self.about = {"data": [line for source in _sources(parent) for line in identity(source)], **about}
+        stages = list(_stages(parent))
+        self.about = {"data": [line for stage in stages if hasattr(stage, "_source") for line in identity(stage._source)], **about}
+        for mixed in (stage for stage in stages if isinstance(stage, Mixed)):
+            self.about |= mixed.about
 
     def __iter__(self) -> grain.DatasetIterator:
         return _KnownIterator(iter(self._parent), self.about)
 
 
-def _sources(dataset: Any) -> Iterator[Any]:
-    if hasattr(dataset, "_source"):
-        yield dataset._source
+def _stages(dataset: Any) -> Iterator[Any]:
+    """The dataset and all that it is made of."""
+    yield dataset
     for parent in dataset.parents:
-        yield from _sources(parent)
+        yield from _stages(parent)
 
 
 class _KnownIterator(grain.DatasetIterator):

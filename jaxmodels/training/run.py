@@ -33,7 +33,7 @@ SHOWING = ("disable_tqdm", "report_to", "run_name")  # arguments in which proces
 PREEMPTED = 143  # the exit code after SIGTERM: 128 + 15, as a shell reports a process that the signal ended
 
 
-KEPT = ("epoch", "closed", "steps", "sums", "last", "total_loss")  # of a Run, in its checkpoints
+KEPT = ("epoch", "closed", "steps", "sums", "last", "total_loss", "updates")  # of a Run, in its checkpoints
 
 
 class TrainOutput(NamedTuple):
@@ -98,7 +98,7 @@ class Run:
         self.epoch, self.closed = 0, False  # closed: this epoch's last event has been
         self.waiting: deque[tuple[int, str, dict[str, jax.Array]]] = deque()
         self.steps, self.sums, self.last = 0, {}, {}  # type: int, dict[str, float], dict[str, float]  # since the last log
-        self.total_loss = 0.0
+        self.total_loss, self.updates = 0.0, 0  # updates: steps but for those that float16 skips
         self.about = describe(self.model, trainer.optimizer_name, trainer.peft_config)
         trainer.state = TrainerState(
             max_steps=self.max_steps,
@@ -265,6 +265,7 @@ class Run:
             self.steps, self.last = self.steps + 1, found
             self.sums = {key: self.sums.get(key, 0.0) + value for key, value in found.items()}
             self.total_loss += found["loss"]
+            self.updates += not wrong
 
     def _act(self) -> None:
         """Log, evaluate and save, as the control says."""
@@ -291,7 +292,8 @@ class Run:
         logs |= {name: self.last[name] for name in ("grad_norm", "loss_scale") if name in logs}
         step = self.trainer.state.global_step
         if self.schedule is not None:
-            logs["learning_rate"] = float(self.schedule(step - 1)) if callable(self.schedule) else float(self.schedule)
+            at = self.updates - math.isfinite(self.last["grad_norm"])  # the schedule stands still where an update is skipped
+            logs["learning_rate"] = float(self.schedule(at)) if callable(self.schedule) else float(self.schedule)
         self.steps, self.sums = 0, {}
         self.trainer.log({**logs, **self.meter.read(self.max_steps - step)})
 

@@ -1,15 +1,22 @@
-"""Rows of training files by number: text, JSON lines, Parquet, ArrayRecord, packed .npy. Nothing is read before it is asked for.
+"""Rows of training files by number: text, JSON lines, Parquet, ArrayRecord, packed .npy. Nothing is read before it is asked for, but that
+.gz files of lines are unpacked into temporary ones.
 
 Rows are dicts. An error about one names its file and its place: lines count from 1, rows of the other formats from 0."""
 
 from __future__ import annotations
 
 import bisect
+import codecs
+import contextlib
 import glob
+import gzip
 import itertools
 import json
 import os
+import shutil
+import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,19 +29,29 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 BLOCK = 1 << 26  # bytes that are searched for line ends at one time
 
 
+def _mapped(path: Path) -> np.ndarray:
+    """A file's bytes; of a .gz what it unpacks to."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as source, contextlib.ExitStack() as stack:
+        file: Any = source
+        if path.suffix == ".gz":
+            file = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, file)
+        return np.memmap(file, np.uint8, "r") if file.seek(0, os.SEEK_END) else np.zeros(0, np.uint8)
+
+
 class _Lines:
-    """A file's lines that are not empty."""
+    """A file's lines that are not empty, without the byte order mark."""
 
     unit = "line"
 
     def __init__(self, path: Path):
-        self.path = path
-        self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        self.path, self.data = path, _mapped(path)
+        first = 3 if self.data[:3].tobytes() == codecs.BOM_UTF8 else 0
         blocks = range(0, len(self.data), BLOCK)
         ends = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(self.data[at : at + BLOCK] == ord("\n")) + at for at in blocks)])
         if len(self.data) and (not len(ends) or ends[-1] != len(self.data) - 1):
             ends = np.append(ends, len(self.data))
-        starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+        starts = np.concatenate([[first], ends[:-1] + 1])[: len(ends)]
         blank = (ends == starts) | ((ends == starts + 1) & (self.data[np.minimum(starts, len(self.data) - 1)] == ord("\r")))
         self.numbers = np.flatnonzero(~blank)
         self.starts, self.ends = starts[self.numbers], ends[self.numbers]
@@ -76,7 +93,7 @@ class _Document(_Numbered):
         return 1
 
     def read(self, i: int) -> Row:
-        return {"text": self.path.read_text(encoding="utf-8")}
+        return {"text": self.path.read_text(encoding="utf-8-sig")}
 
 
 class _Parquet(_Numbered):
@@ -99,8 +116,11 @@ class _Parquet(_Numbered):
 
     def read(self, i: int) -> Row:
         number = bisect.bisect_right(self.starts, i) - 1
-        with self.lock:
-            return self.group(number)[i - self.starts[number]]
+        try:
+            with self.lock:
+                return self.group(number)[i - self.starts[number]]
+        except OSError as error:  # of a damaged page, in several lines
+            raise ValueError(f"row group {number} cannot be read: {' '.join(str(error).split())}") from error
 
 
 class _Records(_Numbered):
@@ -207,17 +227,18 @@ def read_rows(paths: Paths, format: str | None = None) -> Rows:
     """The rows of files, in the order of `paths`: files, directories, or patterns with *; the files of a pattern or directory by name.
 
     format: `text` ({"text": a line}), `document` ({"text": a whole file}), `jsonl`, `parquet`, `array_record`, `npy`; by default by the
-    files' suffix. FileNotFoundError when a path names nothing, ValueError for a file that is not of its format."""
+    files' suffix, before .gz if there is one (of text and jsonl). FileNotFoundError when a path names nothing, ValueError for a file that
+    is not of its format."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format {format!r} is not known; known are {', '.join(FORMATS)}")
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
-    return Rows([_open(file, format) for path in several for file in _files(str(path), format)])
+    return Rows([_open(file, format) for path in several for file in _files(os.path.expanduser(path), format)])
 
 
 def _files(path: str, format: str | None) -> list[Path]:
     if Path(path).is_dir():
         suffixes = FORMATS[format][1] if format else tuple(SUFFIXES)
-        files = [file for file in sorted(Path(path).iterdir()) if file.is_file() and (not suffixes or file.suffix in suffixes)]
+        files = [file for file in sorted(Path(path).iterdir()) if file.is_file() and (not suffixes or _suffix(file) in suffixes)]
     else:
         files = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob.glob(path, recursive=True))]
     if not files:
@@ -225,11 +246,15 @@ def _files(path: str, format: str | None) -> list[Path]:
     return files
 
 
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
 def _open(path: Path, format: str | None) -> Any:
-    name = format or SUFFIXES.get(path.suffix)
+    name = format or SUFFIXES.get(_suffix(path))
     if name is None:
         raise ValueError(f"{path}: the suffix names no format; give one of {', '.join(FORMATS)}")
     try:
         return FORMATS[name][0](path)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: of ArrayRecord
+    except (ValueError, RuntimeError, EOFError, gzip.BadGzipFile, zlib.error) as error:  # RuntimeError: of ArrayRecord
         raise ValueError(f"{path}: is not a file of format {name} ({str(error) or 'damaged or cut off'})") from error
