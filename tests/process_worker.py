@@ -193,9 +193,11 @@ def trained(directory, path, mesh):
     predicted = trainer.predict(rows[:11])
     pair = lambda i: {"chosen_input_ids": rows[i]["input_ids"], "rejected_input_ids": rows[i + 6]["input_ids"][:7]}
     pairs = [pair(i) | {name.replace("input_ids", "labels"): ids for name, ids in pair(i).items()} for i in range(5)]
-    settings = SimpleNamespace(dpo=SimpleNamespace(loss_type="sigmoid"), training=trainer.args)
+    out = f"{directory}/{jax.process_count()} {' '.join(mesh)}"
+    place = SimpleNamespace(output_dir=out, per_device_train_batch_size=2)
+    settings = SimpleNamespace(dpo=SimpleNamespace(loss_type="sigmoid"), training=place)
     found = referenced(settings, model, trainer.params, DataCollatorForPreference(0), Examples(pairs, dict))
-    assert len(list(Path(directory).glob("reference-*/logps.safetensors"))) == 1
+    assert len(list(Path(out).glob("reference-*/logps.safetensors"))) == 1
     kept = referenced(settings, model, trainer.params, None, Examples(pairs, dict))  # read, as there is nothing to collate with
     assert all(np.array_equal(one[name], other[name]) for one, other in zip(found, kept) for name in one)
     stream = Stream([], labels=["labels"], rules=model.rules).make({"input_ids": np.zeros((4, 12), np.int32)})
@@ -223,9 +225,8 @@ def streamed(rules, ragged):
         next(read)
     position = json.loads(json.dumps(stream.position()))
     other.set_position(position)
-    same = all(
-        np.array_equal(next(read).arrays["input_ids"], next(again).arrays["input_ids"]) for again in [other.epoch(0)] for _ in range(4)
-    )
+    again = other.epoch(0)
+    same = all(np.array_equal(next(read).arrays["input_ids"], next(again).arrays["input_ids"]) for _ in range(4))
     return [same, len(position["shares"]), len({json.dumps(share["state"]["value"]["parent"]) for share in position["shares"]})]
 
 

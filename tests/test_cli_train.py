@@ -149,9 +149,7 @@ def test_dpo_prefers_what_was_chosen(files, tmp_path):
     kept = list(out.glob("reference-*/*"))
     before, when = (out / "log.jsonl").read_text(), [file.stat().st_mtime_ns for file in kept]
     assert main(["train", str(config), "num_train_epochs=3", f"data.eval=[{{path: {files}/pairs.jsonl}}]", "--eval_strategy", "epoch"]) == 0
-    assert len(kept) == 1 and when == [
-        file.stat().st_mtime_ns for file in out.glob("reference-*/*")
-    ]  # of the same pairs: not computed again
+    assert len(kept) == 1 and when == [file.stat().st_mtime_ns for file in out.glob("reference-*/*")]  # not again
     lines = [json.loads(line) for line in before.splitlines()]
     assert any("eval_rewards/accuracies" in line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()))
     loads_in_torch(out / "hf")

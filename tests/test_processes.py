@@ -134,6 +134,7 @@ def test_trainers_of_two_processes_do_what_one_does(checkpoint, tmp_path):
             found = np.load(tmp_path / f"{name}{process}.npz")
             shares = 1 if name.startswith("tensor") else 2
             assert found["share"].tolist() == [process % shares, shares] and found["stream"].tolist() == [4 * shares] * 2
+            assert found["resumed"].tolist()[:2] == [True, shares] and (shares == 1 or found["resumed"][2] == 2)  # other places in the data
             for key in ("tokens", "generated", "labels"):
                 np.testing.assert_array_equal(found[key], alone[key], key)
             for key in ("losses", "reference"):

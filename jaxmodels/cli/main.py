@@ -128,9 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", "train:run", "Train by a YAML file: pretraining, SFT, DPO, LoRA. Started again, it goes on where it stopped.")
     train.add_argument("config", metavar="CONFIG.yaml")
     what = "--section.field VALUE | section.field=VALUE"
-    train.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar=what, help="in place of the file's, as YAML; --help here lists every field"
-    )
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar=what, help="in place of the file's; --help here lists all fields")
 
     command("families", "families:families", "The families, their heads and their parity with torch as the tests recorded it.")
 

@@ -151,9 +151,7 @@ class Settings:
         if self.data.packing is None:
             self.data.packing = self.job == "pretrain"
         if self.training.eval_strategy != "no" and not self.data.eval:
-            raise ValueError(
-                f"training.eval_strategy is {self.training.eval_strategy!r}: evaluation needs data.eval, sources as data.train's"
-            )
+            raise ValueError(f"training.eval_strategy is {self.training.eval_strategy!r}: evaluation needs data.eval, further sources")
         if self.job == "lora" and self.lora is None:
             self.lora = LoraConfig()
 

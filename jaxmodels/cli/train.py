@@ -83,7 +83,7 @@ def make_trainer(settings: Settings) -> Trainer:
     trainer = Trainer(model, params, settings.training, processing_class=tokenizer, peft_config=settings.lora, **data)
     if settings.job == "dpo" and not settings.dpo.reference_free:
         trainer.create_optimizer_and_scheduler(1)  # what that refuses is told before the reference takes its time
-        refer = lambda pairs: referenced(settings, model, params, trainer.data_collator, pairs)
+        refer = lambda pairs: referenced(settings, trainer.model, params, trainer.data_collator, pairs)
         trainer.train_dataset, trainer.eval_dataset = refer(parts[0]), refer(held[0]) if held else None
     return trainer
 
@@ -202,7 +202,7 @@ def referenced(settings: Settings, model: Any, params: Any, collator: Any, pairs
     """The pairs with their log-probabilities under the parameters without an adapter: from output_dir, where an earlier start has left
     those of these parameters and pairs, else computed and kept there."""
     reference, params = make_reference(model, settings.dpo.loss_type), without_adapter(params)
-    name = f"reference-{_fingerprint(describe(model, settings.dpo.loss_type), params, pairs)}"
+    name = f"reference-{_fingerprint([describe(model, settings.dpo.loss_type), str(model.dtype)], params, pairs)}"
     path = Path(settings.training.output_dir) / name / "logps.safetensors"
     there, together = path.exists(), spans(model.rules)
     if together:
@@ -225,7 +225,7 @@ def referenced(settings: Settings, model: Any, params: Any, collator: Any, pairs
     return Referenced(pairs, logps)
 
 
-def _fingerprint(about: Mapping[str, Any], params: Any, pairs: Examples) -> str:
+def _fingerprint(about: Any, params: Any, pairs: Examples) -> str:
     """Of a model, its parameters, wherever their parts lie, and the tokens of pairs."""
     flat = flatten(params)
     sums = to_host(jax.jit(lambda leaves: jax.tree.map(_checksum, leaves))(flat))
@@ -238,10 +238,10 @@ def _fingerprint(about: Mapping[str, Any], params: Any, pairs: Examples) -> str:
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """The bits of an array [] uint32, weighed by where they stand in its first and last axis; as integers, in whatever order it is added up."""
+    """Of an array's bits [] uint32, weighed by where they stand in its first and last axis; the same in whatever order they are added."""
     bits = jax.lax.bitcast_convert_type(jnp.atleast_1d(leaf), jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
     first, last = (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) for axis in (0, bits.ndim - 1))
-    return jnp.sum(bits * (2 * first + 1) * (0x9E3779B2 * last + 1), dtype=jnp.uint32)
+    return jnp.sum(bits * (2 * first + 1) * (jnp.uint32(0x9E3779B2) * last + 1), dtype=jnp.uint32)
 
 
 # ---- What comes out --------------------------------------------------------------------------------------------------
