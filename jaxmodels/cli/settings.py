@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Any
 from jaxmodels.cli.main import DTYPES
 from jaxmodels.training.arguments import REFUSED, TrainingArguments
 from jaxmodels.training.lora import LoraConfig
+from jaxmodels.training.objectives import dpo_loss
 
 try:
     import yaml
@@ -74,6 +76,10 @@ class Source:
     weight: float = 1.0
     text_field: str = "text"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; expected a number above 0")
+
 
 @dataclasses.dataclass
 class DataSettings:
@@ -105,6 +111,9 @@ class DpoSettings:
     label_smoothing: float = 0.0
     rpo_alpha: float | None = None
     reference_free: bool = False
+
+    def __post_init__(self) -> None:
+        dpo_loss(**vars(self))  # which refuses what it cannot do
 
 
 @dataclasses.dataclass
