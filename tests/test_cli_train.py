@@ -170,13 +170,17 @@ def test_dpo_of_an_adapter_on_a_mesh(files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [[], ["lora.r=4"]])
-def test_two_processes_give_the_losses_of_one(files, tmp_path, adapter):
+@pytest.mark.parametrize(
+    "words", [[], ["lora.r=4"], ["job=sft", "length=64", "data.train=[{path: FILES/chats.jsonl}, {path: FILES/texts.jsonl}]"]]
+)
+def test_two_processes_give_the_losses_of_one(files, tmp_path, words):
+    """Also of a mixture that is not packed, whose rows are of other lengths on every process."""
+    words = [word.replace("FILES", str(files)) for word in words]
     one = settings(files, tmp_path / "one", "packed/*.array_record", training={"per_device_train_batch_size": 8})
-    assert main(["train", str(one), *adapter]) == 0
+    assert main(["train", str(one), *words]) == 0
     port = free_port()
     together = [f"distributed={{coordinator_address: 'localhost:{port}', num_processes: 2}}", "cpu_devices=2", "mesh={fsdp: 2, tensor: 2}"]
-    together += ["per_device_train_batch_size=4", f"output_dir={tmp_path / 'two'}", *adapter]
+    together += ["per_device_train_batch_size=4", f"output_dir={tmp_path / 'two'}", *words]
     command = [sys.executable, "-m", "jaxmodels.cli.main", "train", str(one), *together]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     processes = [

@@ -1,7 +1,9 @@
 """What a Trainer promises beside HF's numbers: places, checkpoints that fit or are refused, streams, padding, adapters, bad input."""
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 import time
 
@@ -29,7 +31,7 @@ from jaxmodels.training import (
     TrainingArguments,
 )
 from jaxmodels.training.callbacks import TrainerState, readable
-from jaxmodels.training.checkpoints import checkpoints_in
+from jaxmodels.training.checkpoints import Checkpoints, checkpoints_in
 from jaxmodels.training.lora import LoraConfig, load_adapter, merge
 from jaxmodels.training.meter import Meter, host_memory, trim_host_memory
 from jaxmodels.training.objectives import dpo_loss, make_reference
@@ -198,6 +200,18 @@ def test_a_checkpoint_of_something_else_is_refused(whole, tmp_path):
     with pytest.raises(CheckpointError, match="checkpoints of an earlier run, up to checkpoint-8"):
         train(whole.args.output_dir, save_strategy="steps")
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints.saver, "save", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 could not be written: No space left on device\. The last good"):
+        checkpoints.save(3, {}, {}, {})
+    checkpoints.close()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -100,7 +100,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax and tensorstore raise what they please
-            reason = str(error).split("[", 1)[0].strip() or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error).split("[", 1)[0].strip() or type(error).__name__
         else:
             return
         gc.collect()  # what Orbax had begun to write would complain when the process ends
