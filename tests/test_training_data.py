@@ -134,6 +134,18 @@ def test_broken_rows_are_named(tmp_path, tokenizer, kind):
             list(stream)
 
 
+def test_what_a_template_refuses_is_named(tmp_path, directory):
+    """Also what a function of the user's lacks."""
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    template += "{% generation %}{{ m['role'] + m.content }}{% endgeneration %}{% endfor %}"
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "tool", "content": "a"}]}, {"messages": [{"content": "b"}]}])
+    chats = Examples(read_rows(path), partial(chat_example, tokenizer=AutoTokenizer.from_pretrained(directory, chat_template=template)))
+    own = Examples(read_rows(path), lambda row: row["label"])
+    for examples, row, message in ((chats, 0, "line 1: no tools$"), (chats, 1, "line 2: .*role"), (own, 1, "line 2: KeyError: 'label'$")):
+        with pytest.raises(ValueError, match=rf"a\.jsonl, {message}"):
+            examples[row]
+
+
 def test_marks_and_packed_files(tmp_path, monkeypatch):
     """A byte order mark is no text; .gz files have the rows of what they pack; ~ is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -268,6 +280,8 @@ def test_classification(tmp_path):
 def test_tokens_as_they_stand():
     assert tokenized_example({"input_ids": [1, 2, 3]}, max_length=2)["labels"].tolist() == [1, 2]
     assert tokenized_example({"input_ids": [1, 2], "labels": [-100, 2]})["labels"].tolist() == [-100, 2]
+    with pytest.raises(ValueError, match="has no token"):
+        tokenized_example({"input_ids": []})
     for row in ({"input_ids": [1.5]}, {"input_ids": [[1]]}, {"input_ids": [1, 2], "labels": [1]}, {"input_ids": "ab"}):
         with pytest.raises(TypeError, match="expected"):
             tokenized_example(row)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jinja2
 import numpy as np
 from safetensors.numpy import save
 
@@ -37,8 +38,8 @@ WINDOW = 1024  # documents that are packed together
 
 
 class Examples:
-    """A sequence of examples: `make` of each row, when it is asked for. What `make` finds wrong (ValueError, TypeError) is a ValueError
-    that names the row's file and place."""
+    """A sequence of examples: `make` of each row, when it is asked for. What `make`, or a chat template, finds wrong is a ValueError that
+    names the row's file and place."""
 
     def __init__(self, rows: Rows, make: Callable[[Row], Example]):
         self.rows, self.make = rows, make
@@ -50,8 +51,9 @@ class Examples:
         row = self.rows[i]
         try:
             return self.make(row)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.rows.where(i)}: {error}") from error
+        except (ValueError, TypeError, LookupError, jinja2.TemplateError) as error:
+            kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
+            raise ValueError(f"{self.rows.where(i)}: {kind}{error}") from error
 
 
 def _field(row: Row, name: str, *kinds: type) -> Any:
@@ -167,6 +169,8 @@ def tokenized_example(row: Row, *, max_length: int | None = None) -> Example:
     """`input_ids` and, if there are, `labels`, as they stand in the row."""
     ids = np.asarray(_field(row, "input_ids", list, np.ndarray))
     labels = np.asarray(row.get("labels", ids))
+    if not ids.size:
+        raise ValueError("has no token to learn from")
     for name, value in (("input_ids", ids), ("labels", labels)):
         if value.dtype.kind not in "iu" or value.ndim != 1 or len(value) != len(ids):
             raise TypeError(f"field {name!r} is {value.dtype}{list(value.shape)}; expected {len(ids)} integers")
