@@ -171,7 +171,8 @@ def test_dpo_of_an_adapter_on_a_mesh(files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [[], ["lora.r=4"], ["job=sft", "length=64", "data.train=[{path: FILES/chats.jsonl}, {path: FILES/texts.jsonl}]"]]
+    "words",
+    [[], ["lora.r=4"], ["job=sft", "length=64", "learning_rate=1e-3", "data.train=[{path: FILES/chats.jsonl}, {path: FILES/texts.jsonl}]"]],
 )
 def test_two_processes_give_the_losses_of_one(files, tmp_path, words):
     """Also of a mixture that is not packed, whose rows are of other lengths on every process."""
