@@ -240,6 +240,8 @@ def _why_not(path: Place, variant: str | None) -> str:
     if not names:
         return f"{expected}: the directory is empty"
     weights = [name for name in names if name.endswith(".safetensors")]
+    if (path / "params" / "_CHECKPOINT_METADATA").exists():
+        return f"{expected}: this is an Orbax checkpoint; `jaxmodels convert {path} OUT` writes safetensors"
     if weights:
         return f"{expected}, but {weights}: pass the file itself, or `variant=` (model.VARIANT.safetensors)"
     pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -280,6 +282,13 @@ def write_file(
             file.write(tensors[key].read().reshape(-1).view(np.uint8).data)
             if written is not None:
                 written(tensors[key].nbytes)
+
+
+def write_files(directory: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files by their names under `directory`."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_checkpoint(
@@ -331,8 +340,7 @@ def write_checkpoint(
         for name, keys in [*keys_of.items()][process::count] if consolidate else ():
             write_file(temporary / name, {key: source[key] for key in keys}, written=None if together else bar.update)
         if process == 0:
-            for name, content in {**(files or {}), **(index if consolidate else {})}.items():
-                (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            write_files(temporary, {**(files or {}), **(index if consolidate else {})})
         if together and consolidate:
             with lockstep(f"saving {directory}"):  # all have read
                 source = {}
@@ -350,6 +358,7 @@ def _split(
     if numbers is None:
         size = lambda tensor: tensor.nbytes
         split = split_state_dict_into_shards_factory
+        max_shard_size = int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size
         try:
             parts = split(dict(tensors), get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size)
         except ValueError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxmodels.convert.errors import CheckpointError
+from jaxmodels.convert.files import write_files
 from jaxmodels.convert.sharded import replacing_together
 from jaxmodels.sharding.processes import spread
 
@@ -28,8 +29,10 @@ def is_orbax(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / "params" / "_CHECKPOINT_METADATA").is_file()
 
 
-def save_orbax(directory: str | os.PathLike[str], params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write {dotted tree path: jax or numpy array} and the config, atomically; other files of `directory` are kept."""
+def save_orbax(
+    directory: str | os.PathLike[str], params: Mapping[str, Any], config: Mapping[str, Any], files: Mapping[str, str | bytes] = {}
+) -> None:
+    """Write {dotted tree path: jax or numpy array}, the config and `files` (name -> content), atomically; other files are kept."""
     import orbax.checkpoint as ocp
 
     strange = [f"{name}: {type(array).__name__}" for name, array in params.items() if not isinstance(array, jax.Array | np.ndarray)]
@@ -41,7 +44,7 @@ def save_orbax(directory: str | os.PathLike[str], params: Mapping[str, Any], con
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / "params", unflatten_dict(dict(params), sep="."))
         if not together or jax.process_index() == 0:
-            (temporary / "config.json").write_text(text, encoding="utf-8")
+            write_files(temporary, {**files, "config.json": text})
 
 
 def orbax_specs(directory: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:

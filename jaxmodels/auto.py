@@ -99,7 +99,7 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(path: str | Path, **options: Any) -> Config:
         """From config.json and generation_config.json of a directory or hub id; options: the hub's, or config fields to replace."""
-        directory, overrides = _resolve(path, options)
+        directory, overrides = _resolve(path, options, weights=False)
         return read_config(directory, overrides)
 
     @staticmethod
@@ -349,9 +349,9 @@ def main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=np.dtype(np.float32))
 
 
-def _resolve(path: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+def _resolve(path: str | Path, options: dict[str, Any], weights: bool = True) -> tuple[Path, dict[str, Any]]:
     """The local directory, and the options that are not the hub's."""
     from jaxmodels.convert.hub import resolve
 
     hub = {name: value for name, value in options.items() if name in HUB_OPTIONS}
-    return resolve(path, **hub), {name: value for name, value in options.items() if name not in hub}
+    return resolve(path, **hub, weights=weights), {name: value for name, value in options.items() if name not in hub}

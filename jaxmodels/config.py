@@ -8,12 +8,16 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.ops.rope import ORIGINAL_LENGTH, RopeParameters
 
-COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+COUNTS = (  # at least 1
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ class Config:
         if "rope_parameters" in fields and isinstance(fields["rope_parameters"].default, RopeParameters):
             length: Any = fields["max_position_embeddings"].default if "max_position_embeddings" in fields else 2048
             values = _read_rope(values, fields["rope_parameters"].default, length)
+        for name in ("dtype", "torch_dtype"):
+            _check_dtype(cls, name, values.get(name))
         absent = [
             n
             for n, f in fields.items()
@@ -226,6 +232,14 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping) and value.keys() == {"__float__"}:
         return float(value["__float__"])  # transformers 5 writes numbers so that JSON lacks, such as Infinity; others write the bare word
     return FrozenDict({k: _freeze(v) for k, v in value.items()}) if isinstance(value, Mapping) else value
+
+
+def _check_dtype(cls: type, name: str, value: Any) -> None:
+    if isinstance(value, str) and value != "auto":
+        try:
+            jnp.dtype(value.removeprefix("torch."))
+        except TypeError:
+            raise ValueError(f"{name} in the config of {cls.__name__} is {value!r}; expected float32, bfloat16, float16, …") from None
 
 
 def _check(cls: type, name: str, kind: Any, value: Any) -> None:

@@ -102,6 +102,10 @@ CASES = {
     "config of no object": (text("config.json", "[]"), ["config.json holds a JSON list, expected an object"]),
     "config of another type": (config(hidden_size="16"), ["config.json: hidden_size", "is '16'; expected int"]),
     "config below zero": (config(num_hidden_layers=-1), ["config.json: num_hidden_layers", "is -1; expected at least 1"]),
+    "no positions": (config(max_position_embeddings=0), ["config.json: max_position_embeddings", "is 0; expected at least 1"]),
+    "rope that turns back": (rope(rope_theta=-1), ["config.json: rope_theta in", "is -1; expected a number above 0"]),
+    "rope of no factor": (rope(rope_type="linear", factor=0), ["config.json: factor in", "is 0; expected a number above 0"]),
+    "unknown dtype": (config(torch_dtype="float33"), ["config.json: torch_dtype in", "'float33'; expected float32, bfloat16"]),
     "unknown activation": (config(hidden_act="gellu"), ["hidden_act 'gellu' is not known; known are silu"]),
     "packed": (
         tensors(lambda t: t.update({f"{UP}.qweight": t.pop(f"{UP}.weight")})),
@@ -166,7 +170,11 @@ def test_token_ids_out_of_range(good, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "template", ["{% for m in messages %}", "{{ raise_exception('no system') }}", "{{ messages[5].content.x }}", "{{ 1 + 'a' }}"]
+    "template",
+    [
+        *("{% for m in messages %}", "{{ raise_exception('no system') }}", "{{ messages[5].content.x }}", "{{ 1 + 'a' }}"),
+        *("{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}", "{% break %}", "{{ '{:d}'.format('x') }}"),
+    ],
 )
 def test_chat_with_a_template_that_fails(good, tmp_path, capsys, monkeypatch, template):
     shutil.copytree(good / "one", tmp_path / "model")

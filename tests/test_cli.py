@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cases import tensors
 
 from jaxmodels.auto import FAMILIES
 from jaxmodels.cli.main import main
+from jaxmodels.convert import atomic
 from jaxmodels.processing import train_bpe
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    print(i)\n"] * 20
@@ -89,14 +91,34 @@ def test_chat_keeps_the_conversation(checkpoint, capsys, monkeypatch):
 def test_convert_to_orbax_and_back(checkpoint, capsys, tmp_path, scan):
     orbax, back = tmp_path / "orbax", tmp_path / "back"
     assert run(capsys, "convert", checkpoint, orbax, "--format", "orbax", *(["--scan"] if scan else []))[0] == 0
+    assert f"this is an Orbax checkpoint; `jaxmodels convert {orbax} OUT`" in run(capsys, "info", orbax)[2]
     assert run(capsys, "convert", orbax, back)[0] == 0
     assert tensors(back) == tensors(checkpoint)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (back / name).read_bytes() == (checkpoint / name).read_bytes()
+    for name in ("config.json", "generation_config.json"):
+        old, new = (json.loads((path / name).read_text()) for path in (checkpoint, back))
+        assert {key: new.get(key) for key in old} == old
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_what_is_converted_appears_as_a_whole(checkpoint, capsys, tmp_path, monkeypatch, format):
+    """With its tokenizer, in the one step that puts the directory there: a kill before it leaves nothing."""
+    seen, swap = [], atomic._swap
+    monkeypatch.setattr(atomic, "_swap", lambda new, target: seen.append({file.name for file in new.iterdir()}) or swap(new, target))
+    (checkpoint / "additional_chat_templates").mkdir(exist_ok=True)
+    (checkpoint / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    assert run(capsys, "convert", checkpoint, tmp_path / "new", "--format", format)[0] == 0
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert seen == [names | {"additional_chat_templates", "params" if format == "orbax" else "model.safetensors"}]
+    assert (tmp_path / "new" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ documents }}"
+    other = {"orbax": "safetensors", "safetensors": "orbax"}[format]
+    status, _, err = run(capsys, "convert", tmp_path / "new", tmp_path / "new", "--format", other)
+    assert status == 1 and "which would stay beside the new one: choose another directory" in err
 
 
 def test_convert_dtype_and_shards(checkpoint, capsys, tmp_path):
-    assert run(capsys, "convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16", "--max-shard-size", "20KB")[0] == 0
+    assert run(capsys, "convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16", "--max-shard-size", "20000")[0] == 0
     assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
     load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     ours, theirs = load(tmp_path / "half"), load(checkpoint)
@@ -177,6 +199,12 @@ def test_convert_in_place(checkpoint, capsys, tmp_path):
     assert {dtype for dtype, _, _ in tensors(tmp_path / "model").values()} == {torch.bfloat16}
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "model" / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"jaxmodels {version('jaxmodels')}, jax {version('jax')}\n"
 
 
 def test_imports_are_light():

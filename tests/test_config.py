@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxmodels.config import Config, read_json
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
-from jaxmodels.ops.rope import RopeParameters
+from jaxmodels.ops.rope import RopeParameters, inverse_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
@@ -153,3 +153,8 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ValueError, match="not readable JSON"):
         read_json(tmp_path / "config.json")
+
+
+def test_rope_turns_pairs():
+    with pytest.raises(ValueError, match=r"head_dim 7 with partial_rotary_factor 1.0 has 7 to turn"):
+        inverse_frequencies(RopeParameters(), 7)

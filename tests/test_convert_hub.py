@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxmodels as jm
+from jaxmodels.assets import TINY_PYTHON
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import resolve
 
@@ -125,6 +127,8 @@ def endpoint():
 SCRIPT = """
 import json, sys
 from pathlib import Path
+import jaxmodels as jm
+from jaxmodels.assets import TINY_PYTHON
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import resolve
 for name, options in json.loads(sys.argv[1]):
@@ -177,3 +181,10 @@ def test_no_network(tmp_path):
     (error,) = online("http://127.0.0.1:9", tmp_path, ("org/one", {}))
     assert "org/one: no such directory here" in error
     assert "http://127.0.0.1:9 cannot be reached" in error
+
+
+def test_a_config_needs_no_weights(monkeypatch):
+    asked = []
+    monkeypatch.setattr("jaxmodels.convert.hub.resolve", lambda path, **options: asked.append((path, options)) or TINY_PYTHON)
+    assert jm.AutoConfig.from_pretrained("org/one", revision="v1").model_type == "llama"
+    assert asked == [("org/one", {"revision": "v1", "weights": False})]

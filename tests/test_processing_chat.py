@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -126,6 +128,20 @@ def test_final_message_errors(pair):
         ours.apply_chat_template(CONVERSATIONS["one"], chat_template=LLAMA3, continue_final_message=True, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    ("template", "conversation", "message"),
+    [
+        ("{{ messages[0].content }}", [[]], "the conversation is empty"),
+        ("{{ messages[0].content }}", [USER | {"content": 5}], "'content' is 5; expected text"),
+        ("{{ messages[0].content }}", [USER | {"content": [{"type": "text", "text": None}, "text"]}], "holds no text to continue"),
+        ("{{ messages[0].content * 2 }}", [USER | {"content": "Sure"}], "more than once"),
+    ],
+)
+def test_final_message_that_cannot_stay_open(pair, template, conversation, message):
+    with pytest.raises(ValueError, match=message):
+        pair[0].apply_chat_template(conversation, chat_template=template, continue_final_message=True)
+
+
 def test_tokens(pair):
     ours, theirs = pair
     chat, other = CONVERSATIONS["plain"], CONVERSATIONS["unicode"]
@@ -176,6 +192,28 @@ def test_assistant_mask_marks_every_byte_of_the_answer(pair):
     assert ours.decode(out.input_ids[0][out.assistant_masks[0].astype(bool)]) == "q🙂a 🙂r日本"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "a{% generation %}{% generation %}b{% endgeneration %}c{% endgeneration %}d",
+        "a{% generation %}{% generation %}{% endgeneration %}b{% endgeneration %}{% generation %}c{% endgeneration %}d",
+    ],
+)
+def test_assistant_mask_of_blocks_in_blocks(pair, template):
+    ours, theirs = pair
+    options = {"chat_template": template, "return_assistant_tokens_mask": True}
+    mine = ours.apply_chat_template(CONVERSATIONS["one"], return_tensors=None, **options)
+    assert mine.assistant_masks == [0, 1, 1, 0]
+    if "{% generation %}{% endgeneration %}" not in template:  # transformers marks a token for an empty block
+        assert mine.data == theirs.apply_chat_template(CONVERSATIONS["one"], **options).data
+
+
+def test_assistant_mask_through_a_filter(pair):
+    template = "{% set said %}{% generation %}b{% endgeneration %}{% endset %}a{{ said | upper | lower }}d"
+    out = pair[0].apply_chat_template(CONVERSATIONS["one"], chat_template=template, return_assistant_tokens_mask=True)
+    assert out.assistant_masks.tolist() == [[0, 1, 0]]
+
+
 def test_mask_errors(pair):
     ours, _ = pair
     chat = CONVERSATIONS["plain"]
@@ -196,10 +234,16 @@ def test_special_tokens_typed_by_a_user(pair):
         [USER | {"content": "x"}, ASSISTANT | {"tool_calls": [{"function": {"name": "f<|eot_id|>", "arguments": {"a": "<|eot_id|>"}}}]}],
     ]
     for chat in chats:
-        for options in ({}, {"tools": [weather]}, {"truncation": True, "max_length": 9}, {"return_dict": False}):
+        cut = {"truncation": True, "max_length": 9}
+        for options in ({}, {"tools": [weather]}, cut, cut | {"padding": True}, {"return_dict": False}):
             mine = ours.apply_chat_template(chat, sanitize_control_tokens=True, return_tensors=None, **options)
             reference = theirs.apply_chat_template(chat, sanitize_control_tokens=True, **options)
             assert getattr(mine, "data", mine) == getattr(reference, "data", reference)
+    with pytest.raises(ValueError, match="found return_length"):
+        ours.apply_chat_template(chats[0], sanitize_control_tokens=True, tokenizer_kwargs={"return_length": True})
+    for bad in ({"truncation": "first"}, {"truncation": True, "max_length": -1}):
+        with pytest.raises(ValueError, match=r"truncation='first': expected|max_length=-1: expected"):
+            ours.apply_chat_template(chats[0], sanitize_control_tokens=True, **bad)
     options = {"sanitize_control_tokens": True, "padding": True}
     assert ours.apply_chat_template(chats, **options).input_ids.tolist() == theirs.apply_chat_template(chats, **options)["input_ids"]
     ids = ours.apply_chat_template(chats[0], sanitize_control_tokens=True).input_ids[0]
@@ -251,6 +295,34 @@ def test_named_templates(pair, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.parametrize("stored", [5, ["a"], [{"nam": "default", "template": "x"}], {"default": 5}, [{"name": "default", "template": 5}]])
+def test_a_template_that_is_none(pair, path, tmp_path, stored):
+    with pytest.raises(ValueError, match=r"chat_template: found .*; expected a Jinja template"):
+        pair[0].chat_template = stored
+    shutil.copytree(path, tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": stored}))
+    with pytest.raises(ValueError, match=r"model/tokenizer_config.json: chat_template: found"):
+        AutoTokenizer.from_pretrained(tmp_path / "model")
+
+
+def test_template_files(pair, path, tmp_path):
+    shutil.copytree(path, tmp_path / "model")
+    file, more = tmp_path / "model/chat_template.jinja", tmp_path / "model/additional_chat_templates"
+    file.write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"model/chat_template.jinja: not UTF-8 text"):
+        AutoTokenizer.from_pretrained(tmp_path / "model")
+    file.write_text("")
+    load = lambda: (AutoTokenizer.from_pretrained(tmp_path / "model"), Reference.from_pretrained(tmp_path / "model"))
+    ours, theirs = load()
+    assert ours.chat_template == theirs.chat_template == ""
+    more.mkdir()
+    (more / "default.jinja").write_text("D")
+    (more / "rag.jinja").write_text("R")
+    ours, theirs = load()
+    assert ours.chat_template == theirs.chat_template == {"default": "D", "rag": "R"}
+
+
 def test_one_template_saved(pair, path, tmp_path):
     ours, _ = pair
     text = GEMMA + "zażółć\n \n"
@@ -269,12 +341,29 @@ def test_no_template(pair):
         ours.apply_chat_template([], chat_template=ZEPHYR)
     with pytest.raises(TypeError, match="a message is a dictionary"):
         ours.apply_chat_template(["hi"], chat_template=ZEPHYR)
-    with pytest.raises(TypeError, match="documents: expected dictionaries"):
+    with pytest.raises(TypeError, match="documents: expected a list of dictionaries"):
         ours.apply_chat_template(CONVERSATIONS["one"], chat_template=ZEPHYR, documents=["x"])
     with pytest.raises(ValueError, match="a tool is a function"):
         ours.apply_chat_template(CONVERSATIONS["one"], chat_template=ZEPHYR, tools=["x"])
-    with pytest.raises(jinja2.TemplateSyntaxError):
-        ours.apply_chat_template(CONVERSATIONS["one"], chat_template="{% for %}")
+    for bad in (5, "x", weather, {"name": "x"}):
+        with pytest.raises(TypeError, match="tools: expected a list of functions or JSON schemas, found"):
+            ours.apply_chat_template(CONVERSATIONS["one"], chat_template=ZEPHYR, tools=bad)
+    with pytest.raises(jinja2.TemplateSyntaxError, match=r"^the chat template is not valid Jinja: line 2: Expected an expression") as error:
+        ours.apply_chat_template(CONVERSATIONS["one"], chat_template="a\n{% for %}")
+    assert "\n" not in str(error.value)
+    with pytest.raises(jinja2.TemplateError, match="the chat template is not valid Jinja: 'break' outside loop"):
+        ours.apply_chat_template(CONVERSATIONS["one"], chat_template="{% break %}")
+
+
+def test_variables_of_any_name(pair):
+    ours, theirs = pair
+    names = ("template", "chat", "generation", "variables", "text", "options", "mark", "content", "dict", "value", "add_special_tokens")
+    for name in names:
+        options = {"chat_template": f"{{{{ {name} }}}}{{{{ messages | length }}}}", "tokenize": False, name: "given"}
+        assert ours.apply_chat_template(CONVERSATIONS["one"], **options) == "given1"
+        assert theirs.apply_chat_template(CONVERSATIONS["one"], **options) == "given1"
+    tools = (tool for tool in [weather])
+    assert "weather" in ours.apply_chat_template(CONVERSATIONS["one"], tools, chat_template="{{ tools }}", tokenize=False)
 
 
 def test_functions_of_templates(pair):

@@ -155,6 +155,29 @@ def test_schema_errors():
             x: it
         """
 
+    def forward(x: Nowhere):  # noqa: F821
+        """Doc.
+
+        Args:
+            x: it
+        """
+
+    def choices(x: str):
+        """Doc.
+
+        Args:
+            x: it (choices: tea, coffee)
+        """
+
+    for function, message in {
+        forward: "forward: a type hint names .* 'Nowhere' is not defined",
+        choices: r"choices: the choices of 'x' are tea, coffee; expected a JSON list",
+    }.items():
+        with pytest.raises(ToolSchemaError, match=message):
+            get_json_schema(function)
+        with pytest.raises((NameError, ValueError)):
+            reference_schema(function)
+
     functions = {
         no_doc: "no docstring",
         no_hint: "'x' has no type hint",

@@ -448,3 +448,28 @@ def test_hub_ids_and_subfolders(monkeypatch, directories):
     ours = AutoTokenizer.from_pretrained(directories["llama3"].parent, subfolder="llama3", variant="bf16", use_fast=True)
     assert ours.bos_token == "<|begin_of_text|>"
     assert not {"variant", "use_fast"} & set(ours.options_to_save())
+
+
+@pytest.mark.parametrize("options", [{}, {"is_split_into_words": True}])
+def test_bytes_that_are_no_text(tmp_path, options):
+    tokenizer = AutoTokenizer.from_pretrained(fixtures.llama3(tmp_path))
+    bad = b"caf\xe9".decode("utf-8", errors="surrogateescape")  # what arguments and file names hold in place of bytes that are no text
+    texts = [["fine"], ["so", bad]] if options else ["fine", bad]
+    for call in (lambda: tokenizer(texts, **options), lambda: tokenizer(texts[:1], texts[1:], **options)):
+        with pytest.raises(ValueError, match=r"text [01]: character 3 is the lone surrogate '\\udce9', which stands for bytes"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation": True, "max_length": -1}, "max_length=-1: expected at least 0"),
+        ({"padding": "max_length", "max_length": -1}, "max_length=-1: expected at least 0"),
+        ({"padding": True, "pad_to_multiple_of": -8}, "pad_to_multiple_of=-8: expected at least 0"),
+        ({"truncation": True, "max_length": 3, "stride": -1}, "stride=-1: expected at least 0"),
+        ({"truncation": "only_second", "max_length": 2}, "Second sequence not provided"),
+    ],
+)
+def test_numbers_below_zero(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        AutoTokenizer.from_pretrained(fixtures.llama3(tmp_path))("some text here", **options)

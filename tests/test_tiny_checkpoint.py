@@ -96,7 +96,7 @@ def test_the_readme_s_python(tmp_path, monkeypatch):
     """Its first block, with this checkpoint for the path; what it writes is loaded by torch."""
     monkeypatch.chdir(tmp_path)
     code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    names = {"next_ids": np.array([[5, 6, 7]] * 2, np.int32)}
+    names: dict = {}
     exec(code.replace("path/or/hub-id", str(TINY_PYTHON)), names)
     assert names["out"].logits.shape[:2] == names["batch"].input_ids.shape
     assert names["more"].sequences.shape[0] == 2

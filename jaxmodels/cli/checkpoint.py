@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from jaxmodels.auto import conversion_of, find_family, json_files, main_dtype, r
 from jaxmodels.cli.main import hub_options, mesh_sizes
 from jaxmodels.convert.dequantize import dequantized
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
-from jaxmodels.convert.hub import TEXT_FILES, resolve, weights_at
+from jaxmodels.convert.hub import TEXT_FILES, local_directory, resolve, weights_at
 from jaxmodels.convert.load import canonical, load, unload
 from jaxmodels.convert.orbax import is_orbax, restore_orbax, save_orbax
 from jaxmodels.convert.tensors import Cast
@@ -47,6 +46,10 @@ def convert(args: argparse.Namespace) -> None:
     if args.scan and args.format != "orbax":
         raise ValueError("--scan stacks the layers of an Orbax checkpoint: add --format orbax; safetensors hold each layer by itself")
     hub = hub_options(args)
+    destination = local_directory(args.destination)
+    if is_orbax(destination) if args.format == "safetensors" else any(destination.glob("model*.safetensors")):
+        other = "an Orbax" if args.format == "safetensors" else "a safetensors"
+        raise ValueError(f"{destination}: holds {other} checkpoint, which would stay beside the new one: choose another directory")
     directory = Path(args.source) if is_orbax(args.source) else resolve(args.source, **hub)
     config = read_config(directory)
     if not is_orbax(directory):
@@ -57,20 +60,16 @@ def convert(args: argparse.Namespace) -> None:
     if is_orbax(directory):
         source = unload(restore_orbax(directory)[0], rules=rules, base_prefix=prefix)
     expected = flatten(abstract_params(model, main_dtype(source) if args.dtype == "auto" else args.dtype))
+    texts = {str(file.relative_to(directory)): file.read_bytes() for pattern in TEXT_FILES for file in directory.glob(pattern)}
     if args.format == "orbax":
         params, _ = load(source, expected, rules=rules, base_prefix=prefix, keep_dtypes=args.dtype == "auto", where=str(directory))
-        save_orbax(args.destination, params, json.loads(json_files(model, params)["config.json"]))
+        files = texts | json_files(model, params)
+        save_orbax(args.destination, params, json.loads(files.pop("config.json")), files)
     else:
         tensors = canonical(source, expected, rules=rules, base_prefix=prefix, where=str(directory))
         if args.dtype != "auto":
             tensors = {key: Cast(tensor, param_dtype(model, key, np.dtype(args.dtype))) for key, tensor in tensors.items()}
-        write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files=json_files(model, tensors))
-    for pattern in TEXT_FILES:
-        for file in directory.glob(pattern):
-            target = Path(args.destination) / file.relative_to(directory)
-            if file.name not in ("config.json", "generation_config.json") and not (target.exists() and target.samefile(file)):
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+        write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files=texts | json_files(model, tensors))
 
 
 def info(args: argparse.Namespace) -> None:

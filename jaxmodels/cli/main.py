@@ -70,8 +70,20 @@ def _sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--seed", type=seed, default=0)
 
 
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **options: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"jaxmodels {version('jaxmodels')}, jax {version('jax')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxmodels", description="Hugging Face checkpoints in JAX.")
+    parser.add_argument("--version", action=_Version, help="the version of jaxmodels and of jax")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:

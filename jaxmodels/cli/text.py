@@ -8,12 +8,11 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 
 from jaxmodels.assets import TINY_PYTHON
@@ -24,13 +23,13 @@ from jaxmodels.generation import generate as run
 from jaxmodels.processing import AutoTokenizer
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _load(args: argparse.Namespace, check: Callable[[Any, Any], None] = lambda config, tokenizer: None) -> tuple[Any, Any, Any]:
+    """(model, params, tokenizer); `check` may raise before the weights are fetched and read."""
     path = args.model or TINY_PYTHON
     hub = hub_options(args)
-    task = text_task(AutoConfig.from_pretrained(path, **hub))
-    model, params = task.from_pretrained(path, dtype=args.dtype, **hub)
-    hub.pop("variant", None)
-    return model, params, AutoTokenizer.from_pretrained(path, **hub)
+    config, tokenizer = AutoConfig.from_pretrained(path, **hub), AutoTokenizer.from_pretrained(path, **hub)
+    check(config, tokenizer)
+    return *text_task(config).from_pretrained(path, dtype=args.dtype, **hub), tokenizer
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,35 +120,42 @@ def _batches(model: Any, params: Any, tokenizer: Any, prompts: list[str], size: 
 
 
 def chat(args: argparse.Namespace) -> None:
-    model, params, tokenizer = _load(args)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{args.model or TINY_PYTHON} has no chat template; continue text with `jaxmodels generate`")
+    def check(config: Any, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(f"{args.model or TINY_PYTHON} has no chat template; continue text with `jaxmodels generate`")
+        if config.is_encoder_decoder:
+            raise ValueError(f"{args.model}: {config.model_type} has an encoder, which reads once; a chat needs a causal language model")
+
+    model, params, tokenizer = _load(args, check)
     options = _options(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     known: list[int] = []  # the tokens that the cache stands for
     cache = None
+    asked = {**model.config.generation_config, **options}
+    # A cache holds no ids: what counts those of the whole conversation needs them again.
+    counts = asked.get("repetition_penalty") not in (None, 1) or bool(asked.get("no_repeat_ngram_size"))
     while line := _ask():
         messages.append({"role": "user", "content": line})
         try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:  # a template is anybody's code
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is anybody's code
             raise ValueError(f"{args.model}: its chat template fails on this conversation: {error}") from error
-        ids = np.asarray(ids).reshape(-1).tolist()
+        ids = tokenizer.encode(text, add_special_tokens=False)
         if ids[: len(known)] != known:  # the template rewrote what was said
             known, cache = [], None
         new = np.asarray([ids[len(known) :]], np.int32)
         options["key"], key = jax.random.split(options["key"])
         start = time.perf_counter()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        out = run(model, params, new, cache=cache, streamer=streamer, **{**options, "key": key})
+        out = run(model, params, new, np.ones_like(new), cache=cache, streamer=streamer, **{**options, "key": key})
         answer = np.asarray(out.sequences)[0, new.shape[1] :][: int(out.lengths[0])].tolist()
         print(_rate(len(answer), time.perf_counter() - start), file=sys.stderr)
-        known, cache = ids + answer, out.cache
+        known, cache = ([], None) if counts else (ids + answer, out.cache)
         messages.append({"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)})
 
 
 def _ask() -> str:
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return ""

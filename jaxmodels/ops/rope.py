@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+POSITIVE = ("rope_theta", "factor", "max_position_embeddings", "original_max_position_embeddings")
 ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")  # types that need original_max_position_embeddings
 
 
@@ -70,6 +71,8 @@ class RopeParameters:
             found, many = values[name], name in ("short_factor", "long_factor")
             if not all(isinstance(x, int | float) for x in (found if isinstance(found, tuple) and many else (found,))):
                 raise ValueError(f"{name} in rope_parameters is {found!r}; expected {'a list of numbers' if many else 'a number'}")
+            if name in POSITIVE and not found > 0:  # nan as well
+                raise ValueError(f"{name} in the config's rope_parameters is {found!r}; expected a number above 0")
         return cls(
             **{k: v for k, v in values.items() if k in known},
             other=tuple((k, v) for k, v in values.items() if k not in known),
@@ -94,6 +97,8 @@ class RopeParameters:
 def inverse_frequencies(rope: RopeParameters, head_dim: int, lengths: jax.Array | None = None) -> tuple[jax.Array, float]:
     """Radians per token, [R/2] float32 ([B, R/2] for the length-dependent types, from `lengths` [B]), and the factor on cos and sin."""
     R = rope.dim(head_dim)
+    if R % 2:
+        raise ValueError(f"rope turns pairs: head_dim {head_dim} with partial_rotary_factor {rope.partial_rotary_factor} has {R} to turn")
     exponent = np.arange(0, R, 2, dtype=np.float32) / np.float32(R)
     powers = (np.float64(np.float32(rope.rope_theta)) ** exponent).astype(np.float32)  # rounded once: numpy's float32 power is 2 ulp off
     plain = np.float32(1) / powers

@@ -31,8 +31,8 @@ Tool = Mapping[str, Any] | Callable
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; the first is the standard one
 END = "<END OF THE FINAL MESSAGE> "  # marks where an open final message stops; its last space tells whether the template strips
 
-# While a render wants to know which text lies in {% generation %} blocks: a random mark written around each of them.
-_generation_mark: contextvars.ContextVar[str | None] = contextvars.ContextVar("_generation_mark", default=None)
+# While a render wants to know which text lies in {% generation %} blocks: random marks written before and after each of them.
+_generation_marks: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("_generation_marks", default=("", ""))
 
 
 class _Generation(jinja2.ext.Extension):
@@ -46,8 +46,8 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Callable[[], str]) -> str:
-        mark = _generation_mark.get()
-        return caller() if mark is None else f"{mark}{caller()}{mark}"
+        begin, end = _generation_marks.get()
+        return f"{begin}{caller()}{end}"
 
 
 class _Dict:
@@ -101,7 +101,13 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 @lru_cache(maxsize=64)
 def _compile(template: str) -> jinja2.Template:
-    return environment().from_string(template)
+    try:
+        return environment().from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        error.args = (f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",)
+        raise
+    except SyntaxError as error:  # what Jinja leaves to Python, such as a break outside a loop
+        raise jinja2.TemplateError(f"the chat template is not valid Jinja: {error.msg}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -143,6 +149,8 @@ def _messages(chat: Any) -> list[dict[str, Any]]:
 
 def _open_end(messages: list[dict[str, Any]], field: str, template: str) -> str:
     """Append END to the final message's `field`; returns the text that it ends."""
+    if not messages:
+        raise ValueError("continue_final_message: the conversation is empty; there is no final message")
     content = messages[-1].get(field)
     if content is None:
         raise ValueError(f"continue_final_message: the final message has no {field!r}, only {', '.join(map(repr, messages[-1]))}")
@@ -150,12 +158,16 @@ def _open_end(messages: list[dict[str, Any]], field: str, template: str) -> str:
     if not any(name in template for name in copies):
         raise ValueError(f"continue_final_message={field!r}: the chat template does not use this field")
     if isinstance(content, (list, tuple)):
-        block = next((block for block in reversed(content) if "text" in block), None)
+        block = next((block for block in reversed(content) if isinstance(block, dict) and isinstance(block.get("text"), str)), None)
         if block is None:
             raise ValueError("continue_final_message: the final message's content holds no text to continue")
         content, block["text"] = block["text"], block["text"] + END
-    else:
+    elif isinstance(content, str):
         messages[-1] |= dict.fromkeys(copies, content + END)
+    else:
+        raise ValueError(
+            f"continue_final_message: the final message's {field!r} is {content!r}; expected text, or a list of blocks with text"
+        )
     return content
 
 
@@ -166,39 +178,70 @@ def _cut_open_end(text: str, content: str) -> str:
             f"continue_final_message: the template does not write the final message as given, so it cannot stay open; "
             f"the message: {content.strip()[:200]!r}, the rendered chat: {text[-400:]!r}"
         )
+    if END.strip() in text[:at]:
+        raise ValueError("continue_final_message: the template writes the final message more than once, so it cannot stay open")
     return text[:at] if text[at : at + len(END)] == END else text[:at].rstrip()
 
 
 def render(
-    template: str, chat: Any, *, continue_final_message: bool | str = False, generation: bool = False, **variables: Any
+    template: str, chat: Any, variables: Mapping[str, Any], *, continue_final_message: bool | str = False, generation: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """One conversation as text, and the (start, end) of its {% generation %} blocks in characters if asked for."""
     messages = _messages(chat)
     content = None
     if continue_final_message:
         content = _open_end(messages, continue_final_message if isinstance(continue_final_message, str) else "content", template)
-    mark = f"\ufdd0{secrets.token_hex(8)}\ufdd1" if generation else None
-    token = _generation_mark.set(mark)
+    name = secrets.randbelow(10**18)  # digits: no filter on case changes them
+    marks = (f"\ufdd0{name}\ufdd1", f"\ufdd0{name}\ufdd2") if generation else ("", "")
+    token = _generation_marks.set(marks)
     try:
         text = _compile(template).render(messages=messages, **_plain(variables))
     finally:
-        _generation_mark.reset(token)
+        _generation_marks.reset(token)
     if content is not None:
         text = _cut_open_end(text, content)
-    if mark is None:
-        return text, []
-    pieces = text.split(mark)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    return "".join(pieces), list(zip(ends[0::2], ends[1::2]))
+    return _spans(text, *marks) if generation else (text, [])
+
+
+def _spans(marked: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the (start, end) of what the outermost pairs enclose."""
+    text, spans, start, depth = "", [], 0, 0
+    for piece in re.split(f"({begin}|{end})", marked):
+        if piece == begin and (depth := depth + 1) == 1:
+            start = len(text)
+        elif piece == end and (depth := depth - 1) == 0:
+            spans.append((start, len(text)))
+        elif piece not in (begin, end):
+            text += piece
+    return text, spans
 
 
 def _schemas(tools: Sequence[Tool] | None) -> list | None:
     if tools is None:
         return None
+    if isinstance(tools, (Mapping, str)) or not hasattr(tools, "__iter__"):
+        raise TypeError(f"tools: expected a list of functions or JSON schemas, found {type(tools).__name__}")
+    tools = list(tools)
     for tool in tools:
         if not isinstance(tool, Mapping) and not inspect.isfunction(tool) and not inspect.ismethod(tool):
             raise ValueError(f"a tool is a function with type hints and a docstring, or a JSON schema; found {type(tool).__name__}")
     return [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
+
+
+def read_template(value: Any, where: str = "chat_template") -> str | dict[str, str] | None:
+    """A template, or several by name; also from the list of {"name", "template"} that tokenizer_config.json may store.
+
+    ValueError, which names `where`, if it is none of these."""
+    found = value
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, Mapping) and {"name", "template"} <= entry.keys() for entry in value):
+        found = {entry["name"]: entry["template"] for entry in value}
+    texts = list(found.values()) if isinstance(found, Mapping) else [found]
+    if found is not None and not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{where}: found {str(value)[:80]!r}; expected a Jinja template, or several as {{name: template}} or "
+            '[{"name": ..., "template": ...}]'
+        )
+    return found
 
 
 class ChatTemplates:
@@ -217,9 +260,7 @@ class ChatTemplates:
 
     @chat_template.setter
     def chat_template(self, value: Any) -> None:
-        if isinstance(value, (list, tuple)):  # the form in which tokenizer_config.json stores several
-            value = {entry["name"]: entry["template"] for entry in value}
-        self._chat_template = value
+        self._chat_template = read_template(value)
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Tool] | None = None) -> str:
         """The template text that `apply_chat_template` would use: by name, as given, or the checkpoint's.
@@ -293,8 +334,8 @@ class ChatTemplates:
         first: Any = conversation[0] if isinstance(conversation, (list, tuple)) else None
         batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats: list[Any] = list(conversation) if batched else [conversation]
-        if any(not isinstance(document, Mapping) for document in documents or ()):
-            raise TypeError("documents: expected dictionaries with 'title' and 'text'")
+        if not isinstance(documents or (), (list, tuple)) or any(not isinstance(document, Mapping) for document in documents or ()):
+            raise TypeError("documents: expected a list of dictionaries with 'title' and 'text'")
         if return_assistant_tokens_mask and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             warnings.warn("return_assistant_tokens_mask: the chat template has no {% generation %} block, the mask is all 0", stacklevel=2)
 
@@ -305,7 +346,7 @@ class ChatTemplates:
             inputs = mark(_plain(inputs), control)
         variables = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt, **inputs}
         options: dict[str, Any] = {"continue_final_message": continue_final_message, "generation": return_assistant_tokens_mask}
-        rendered = [render(template, chat, **options, **variables) for chat in chats]
+        rendered = [render(template, chat, variables, **options) for chat in chats]
         texts = [text for text, _ in rendered]
         if not tokenize:
             return texts if batched else texts[0]

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from .chat import read_template
 from .families import FAMILIES, REGISTERED, Family, choose_family
 from .sentencepiece import BPE, merges_of, read_sentencepiece, to_tokenizer
 from .tokenizer import Tokenizer, read_backend
@@ -40,19 +41,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _text(file: Path) -> str:
+    """A text file as it stands. Raises ValueError naming it if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}); fetch or write it again") from error
+
+
 def load_pretrained(path: Path, overrides: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a directory; `overrides` win over tokenizer_config.json."""
     config, model_config = read_json(path / "tokenizer_config.json"), read_json(path / "config.json")
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     model_type = model_config.get("model_type")
     file = path / "tokenizer.json"
-    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    text = _text(file) if file.is_file() else None
     if text is not None:  # its post-processor says what is written around a text
         config.pop("add_bos_token", None)
         config.pop("add_eos_token", None)
     options = {key: value for key, value in config.items() if key not in NOT_OPTIONS}
-    if templates := _read_templates(path, config.get("chat_template")):
-        options["chat_template"] = templates
+    inline = read_template(config.get("chat_template"), f"{path / 'tokenizer_config.json'}: chat_template")
+    options["chat_template"] = inline if (templates := _read_templates(path, inline)) is None else templates
     options |= overrides
     added = _added_tokens(path, config, text, options, overrides)
 
@@ -171,13 +180,13 @@ def _from_sentencepiece(file: Path, name: str | None, options: dict[str, Any]) -
 
 
 def _read_vocab_txt(file: Path) -> dict[str, int]:
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = _text(file).removesuffix("\n").split("\n")
     return {line.rstrip(): i for i, line in enumerate(lines)}
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if line.startswith("#version") or not line.rstrip("\r"):
             continue
         parts = line.rstrip("\r").split(" ")
@@ -226,11 +235,11 @@ def _added_tokens(
 
 def _read_templates(path: Path, inline: Any) -> Any:
     """chat_template.jinja, with additional_chat_templates/*.jinja by name; None if there are none."""
-    found = {file.stem: file.read_text(encoding="utf-8") for file in sorted((path / TEMPLATE_DIR).glob("*.jinja"))}
+    found = {file.stem: _text(file) for file in sorted((path / TEMPLATE_DIR).glob("*.jinja"))}
     if (path / TEMPLATE).is_file():
-        found["default"] = (path / TEMPLATE).read_text(encoding="utf-8")
+        found.setdefault("default", _text(path / TEMPLATE))
     elif found and isinstance(inline, str):
-        found["default"] = inline
+        found.setdefault("default", inline)
     return found["default"] if list(found) == ["default"] else found or None
 
 

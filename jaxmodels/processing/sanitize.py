@@ -59,14 +59,22 @@ def _encode(tokenizer: Any, chat: str) -> list[int]:
     return ids
 
 
-def encode_marked(tokenizer: Any, texts: str | list[str], *, truncation: Any = False, max_length: int | None = None, **options: Any) -> Any:
+OPTIONS = {"padding_side", "pad_to_multiple_of", "return_attention_mask", "return_tensors"}
+
+
+def encode_marked(tokenizer: Any, texts: str | list[str], *, padding: Any, truncation: Any, max_length: int | None, **options: Any) -> Any:
     """The BatchEncoding of rendered chats with marks."""
     frame = tokenizer.backend_tokenizer.post_processor
     if options.pop("add_special_tokens") and frame is not None and frame.num_special_tokens_to_add(False):
         raise ValueError("sanitize_control_tokens needs a template that writes the special tokens itself (add_special_tokens=False)")
+    if strange := sorted(options.keys() - OPTIONS):
+        raise ValueError(
+            f"sanitize_control_tokens goes with the tokenizer's options {', '.join(sorted(OPTIONS))}; found {', '.join(strange)}"
+        )
     rows = [_encode(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
-    limit = max_length if max_length is not None else tokenizer.model_max_length
-    if truncation and truncation != "do_not_truncate":
-        rows = [row[:limit] if tokenizer.truncation_side == "right" else row[-limit:] for row in rows]
+    strategy, cut, limit = tokenizer._strategies(padding, truncation, max_length, options.get("pad_to_multiple_of"))
+    if cut:
+        rows = [row[:limit] if tokenizer.truncation_side == "right" else row[max(0, len(row) - limit) :] for row in rows]
     single = isinstance(texts, str) and options["return_tensors"] is None
-    return tokenizer.pad({"input_ids": rows[0] if single else rows}, max_length=max_length, **options)
+    options |= {"padding": strategy or False, "max_length": limit if strategy == "max_length" else None}
+    return tokenizer.pad({"input_ids": rows[0] if single else rows}, **options)

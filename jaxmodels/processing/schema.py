@@ -79,6 +79,16 @@ def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
     return description, {key: " ".join(lines) for key, lines in found.items()}, result[1].strip() if result else None
 
 
+def _choices(text: str, what: str) -> list:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, (list, dict, str)):
+        raise ToolSchemaError(f'{what} are {text}; expected a JSON list, as in (choices: ["tea", "coffee"])')
+    return [value.strip() if isinstance(value, str) else value for value in values]
+
+
 def get_json_schema(function: Callable) -> dict[str, Any]:
     """The schema of a function from its type hints and its docstring in Google's format, every argument described.
 
@@ -93,7 +103,10 @@ def get_json_schema(function: Callable) -> dict[str, Any]:
     first = next(iter(parameters), None)
     if first in ("self", "cls") and parameters[first].annotation is inspect.Parameter.empty:
         del parameters[first]
-    hints, properties = get_type_hints(function), {}
+    try:
+        hints, properties = get_type_hints(function), {}
+    except NameError as error:
+        raise ToolSchemaError(f"{name}: a type hint names what is not defined where the function is: {error}") from error
     for argument, parameter in parameters.items():
         if parameter.annotation is inspect.Parameter.empty:
             raise ToolSchemaError(f"{name}: argument {argument!r} has no type hint")
@@ -102,8 +115,7 @@ def get_json_schema(function: Callable) -> dict[str, Any]:
         text = described[argument]
         properties[argument] = _hint(hints[argument])
         if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", text, re.IGNORECASE):
-            values = json.loads(choices[1])
-            properties[argument]["enum"] = [value.strip() if isinstance(value, str) else value for value in values]
+            properties[argument]["enum"] = _choices(choices[1], f"{name}: the choices of {argument!r}")
             text = text[: choices.start()].strip()
         properties[argument]["description"] = text
     schema: dict[str, Any] = {"type": "object", "properties": properties}

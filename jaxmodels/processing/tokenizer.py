@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from .batch import BatchEncoding
 from .chat import ChatTemplates
+from .texts import at_least_0, one_of, read_texts, refused
 from .vocabulary import SPECIAL_TOKENS, Token, Vocabulary, id_list
 
 NO_LIMIT = int(1e30)  # model_max_length where the checkpoint names none
@@ -27,12 +28,6 @@ PADDING = ("longest", "max_length", "do_not_pad")
 PAD_VALUES = {"attention_mask": 0, "special_tokens_mask": 1, "token_type_ids": 0}
 
 logger = logging.getLogger(__name__)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-    return value
 
 
 class Tokenizer(Vocabulary, ChatTemplates):
@@ -103,7 +98,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
         self.padding_side: str = options.pop("padding_side", None) or padding.get("direction", "left")
         self.truncation_side: str = options.pop("truncation_side", None) or truncation.get("direction", "right")
         for name in ("padding_side", "truncation_side"):
-            _one_of(name, getattr(self, name), ("left", "right"))
+            one_of(name, getattr(self, name), ("left", "right"))
         self.model_input_names: list[str] = list(options.pop("model_input_names", ("input_ids", "attention_mask")))
         self.clean_up_tokenization_spaces: bool = bool(options.pop("clean_up_tokenization_spaces", False))
         self.split_special_tokens: bool = bool(options.pop("split_special_tokens", False))
@@ -163,7 +158,8 @@ class Tokenizer(Vocabulary, ChatTemplates):
 
         Raises ValueError if rows of different lengths should make an array, or if there is no padding token to pad with."""
         batched = isinstance(text, (list, tuple)) and (not is_split_into_words or (len(text) > 0 and not isinstance(text[0], str)))
-        inputs = _inputs(text, text_pair, batched, is_split_into_words)
+        inputs = read_texts(text, text_pair, batched, is_split_into_words)
+        at_least_0(stride=stride)
         strategy, cut, max_length = self._strategies(padding, truncation, max_length, pad_to_multiple_of)
         options = {"max_length": max_length, "stride": stride, "strategy": cut, "direction": self.truncation_side}
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
@@ -200,6 +196,8 @@ class Tokenizer(Vocabulary, ChatTemplates):
                 self._backend.enable_truncation(**truncation)
             try:
                 return self._backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
+            except Exception as error:  # the library raises the bare Exception, and TypeErrors about strings
+                raise refused(inputs, error) from error
             finally:
                 self._backend.no_truncation()
 
@@ -207,12 +205,13 @@ class Tokenizer(Vocabulary, ChatTemplates):
         self, padding: bool | str, truncation: bool | str | None, max_length: int | None, multiple: int | None
     ) -> tuple[str | None, str | None, int | None]:
         """(padding strategy or None, truncation strategy or None, the length both use)."""
+        at_least_0(max_length=max_length, pad_to_multiple_of=multiple)
         if truncation is None and max_length is not None and padding is False:
             truncation = True
         pad = padding if isinstance(padding, str) else "longest" if padding else "do_not_pad"
         cut: str | None = truncation if isinstance(truncation, str) else "longest_first" if truncation else "do_not_truncate"
-        strategy: str | None = None if _one_of("padding", pad, PADDING) == "do_not_pad" else pad
-        cut = None if _one_of("truncation", cut, TRUNCATION) == "do_not_truncate" else cut
+        strategy: str | None = None if one_of("padding", pad, PADDING) == "do_not_pad" else pad
+        cut = None if one_of("truncation", cut, TRUNCATION) == "do_not_truncate" else cut
         if strategy == "longest" and cut is None and max_length is not None:
             how = "pass padding='max_length' or truncation=True"
             warnings.warn(f"max_length={max_length} has no effect with padding={padding!r}; {how}", stacklevel=3)
@@ -231,7 +230,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
         return strategy, cut, max_length
 
     def _pad_rows(self, rows: list[Encoding], length: int | None, multiple: int | None, side: str | None) -> None:
-        side = _one_of("padding_side", side or self.padding_side, ("left", "right"))
+        side = one_of("padding_side", side or self.padding_side, ("left", "right"))
         width = _round_up(max((len(row.ids) for row in rows), default=0) if length is None else length, multiple)
         for row in rows:
             row.pad(width, direction=side, pad_id=self.pad_token_id, pad_type_id=self.pad_token_type_id, pad_token=self.pad_token)
@@ -278,9 +277,9 @@ class Tokenizer(Vocabulary, ChatTemplates):
         want_mask = "attention_mask" in self.model_input_names if return_attention_mask is None else return_attention_mask
         if want_mask and "attention_mask" not in data:
             data["attention_mask"] = [[1] * len(row) for row in rows]
-        strategy, _, max_length = self._strategies(padding, False, max_length, None)
+        strategy, _, max_length = self._strategies(padding, False, max_length, pad_to_multiple_of)
         if strategy:
-            side = _one_of("padding_side", padding_side or self.padding_side, ("left", "right"))
+            side = one_of("padding_side", padding_side or self.padding_side, ("left", "right"))
             longest = max(map(len, rows))
             width = _round_up(max_length if strategy == "max_length" and max_length else longest, pad_to_multiple_of)
             for key, value in {"input_ids": self.pad_token_id, **PAD_VALUES}.items():
@@ -401,29 +400,6 @@ CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 def _round_up(length: int, multiple: int | None) -> int:
     return length if not multiple else -(-length // multiple) * multiple
-
-
-def _inputs(text: Any, pair: Any, batched: bool, words: bool) -> list:
-    """The backend's inputs: for each text a string (or list of words), or a tuple of two."""
-    texts = list(text) if batched else [text]
-    if pair is None or (not batched and pair in ("", [], ())):
-        inputs = texts
-    else:
-        pairs = list(pair) if batched and not isinstance(pair, str) else [pair]
-        if len(pairs) != len(texts):
-            raise ValueError(f"{len(texts)} texts and {len(pairs)} pairs: every text needs its own pair")
-        inputs = list(zip(texts, pairs, strict=True))
-
-    def is_text(item: Any) -> bool:
-        if words:
-            return isinstance(item, (list, tuple)) and all(isinstance(word, str) for word in item)
-        return isinstance(item, str)
-
-    for i, item in enumerate(inputs):
-        if not is_text(item) and not (isinstance(item, (list, tuple)) and len(item) == 2 and all(map(is_text, item))):
-            what = "a list of words" if words else "a string"
-            raise TypeError(f"text {i}: expected {what} or a pair of them, found {str(item)[:80]!r} ({type(item).__name__})")
-    return inputs
 
 
 def read_backend(path: Path) -> Backend:
