@@ -60,16 +60,18 @@ def convert(args: argparse.Namespace) -> None:
     if is_orbax(directory):
         source = unload(restore_orbax(directory)[0], rules=rules, base_prefix=prefix)
     expected = flatten(abstract_params(model, main_dtype(source) if args.dtype == "auto" else args.dtype))
-    texts = {str(file.relative_to(directory)): file.read_bytes() for pattern in TEXT_FILES for file in directory.glob(pattern)}
+    texts: dict[str, str | bytes] = {
+        str(file.relative_to(directory)): file.read_bytes() for pattern in TEXT_FILES for file in directory.glob(pattern)
+    }
     if args.format == "orbax":
         params, _ = load(source, expected, rules=rules, base_prefix=prefix, keep_dtypes=args.dtype == "auto", where=str(directory))
-        files = texts | json_files(model, params)
+        files = {**texts, **json_files(model, params)}
         save_orbax(args.destination, params, json.loads(files.pop("config.json")), files)
     else:
         tensors = canonical(source, expected, rules=rules, base_prefix=prefix, where=str(directory))
         if args.dtype != "auto":
             tensors = {key: Cast(tensor, param_dtype(model, key, np.dtype(args.dtype))) for key, tensor in tensors.items()}
-        write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files=texts | json_files(model, tensors))
+        write_checkpoint(args.destination, tensors, max_shard_size=args.max_shard_size, files={**texts, **json_files(model, tensors)})
 
 
 def info(args: argparse.Namespace) -> None:
