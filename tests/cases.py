@@ -94,6 +94,7 @@ class Case:
     @classmethod
     def make(cls, hf_config, path, greedy=True, task="AutoModelForCausalLM", others=()):
         """others: names of further inputs and how many values each has."""
+        torch.manual_seed(0)  # vectors keep what they begin with, which may be drawn
         hf = cls.perturbed(getattr(transformers, task).from_config(copy.deepcopy(hf_config), attn_implementation="eager"))
         hf.save_pretrained(path)
         inputs = parity.hostile_inputs(hf_config.vocab_size, 300, new_tokens=8)
@@ -149,7 +150,7 @@ class Case:
         forward = {"greedy": False, "gradients": False}
         truth = parity.torch_answers(copy.deepcopy(low).float(), self.inputs, **forward).logits
         theirs = parity.torch_answers(low, self.inputs, **forward).logits
-        ours = parity.our_answers(*self.load(dtype=jnp.bfloat16), self.inputs, **forward).logits
+        ours = parity.our_answers(*self.load(dtype=jnp.bfloat16, scan_layers=True), self.inputs, **forward).logits
         error = lambda x: float(np.sqrt(np.mean((x - truth) ** 2)))
         return error(ours) / error(theirs)
 

@@ -26,12 +26,12 @@ class TestQwen2Moe(MoeTester):
 
 class TestQwen2MoeEverySecondLayer(VariantTester):
     hf_config = transformers.Qwen2MoeConfig(
-        **SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": 1},
+        **SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 1},
         decoder_sparse_step=2,
         norm_topk_prob=True,
         qkv_bias=False,
         tie_word_embeddings=True,
         use_sliding_window=True,
         sliding_window=37,
-        max_window_layers=3,
+        max_window_layers=1,
     )
