@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ def param_dtype(model: Any, key: str, dtype: Any) -> Any:
     return jnp.float32 if any(re.fullmatch(pattern, key) for pattern in patterns) else dtype
 
 
+@lru_cache(maxsize=8)  # loading, saving and the axes of one model ask for it in turn
 def _abstract(model: Any) -> Tree:
     return jax.eval_shape(lambda: _boxed(model, jax.random.key(0)))
 

@@ -14,6 +14,7 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 LEAST = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false"]
+LEAST += ["--xla_cpu_parallel_codegen_split_count=1"]  # small programs: parts cost more than they save
 if version("jaxlib").startswith("0.10.") and not {"JAXMODELS_OPTIMIZED", "JAXMODELS_RECORD"} & os.environ.keys():
     FLAGS += LEAST  # flags come and go, and an unknown one ends the process
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if QUICK.fullmatch(item.path.stem):
             item.add_marker("quick")
+
+
+def pytest_collection_finish():
+    """A tenth of the time was the collector's, over what torch, transformers and jax made when they were imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

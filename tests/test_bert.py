@@ -42,6 +42,7 @@ def without_prefix(file):
 
 class TestBert(EncoderTester):
     hf_config = transformers.BertConfig(**SHAPE)
+    own_heads = True
     full_size = ({}, 110_106_428)  # google-bert/bert-base-uncased
     full_size_task = "AutoModelForPreTraining"
     other_keys = (old_names, with_all_heads, without_prefix)

@@ -21,6 +21,7 @@ SHAPE = {
 
 class TestGemma(FamilyTester):
     hf_config = transformers.GemmaConfig(**SHAPE)
+    way = {"do_sample": True, "top_k": 20}  # noqa: RUF012
     full_size = (  # google/gemma-2b
         {
             "hidden_size": 2048,

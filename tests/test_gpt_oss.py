@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ SHAPE = {
     "num_experts_per_tok": 2,
     "sliding_window": 37,
     "max_position_embeddings": 512,
-    "swiglu_limit": 0.5,  # so that it is met
+    "swiglu_limit": 2.5,  # so that it is met, and seldom so nearly that rounding decides whether there is a gradient
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8.0, "truncate": False, "original_max_position_embeddings": 128}
 
@@ -67,15 +68,15 @@ class TestGptOss(MoeTester):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "torch.float32" / "saved", attn_implementation="eager")
         ids = case.inputs.input_ids[:1, :50]
         with torch.no_grad():
-            close(model.apply({"params": params}, ids).logits, theirs(torch.tensor(ids, dtype=torch.long)).logits)
+            close(jax.jit(lambda p: model.apply({"params": p}, ids).logits)(params), theirs(torch.tensor(ids, dtype=torch.long)).logits)
 
 
 class TestGptOssVariant(VariantTester):
     """No biases in attention, one kv head, another order of layers, all experts, the released rope."""
 
     hf_config = transformers.GptOssConfig(
-        **SHAPE | {"num_hidden_layers": 3, "num_key_value_heads": 1, "num_experts_per_tok": 5},
-        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        **SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 1, "num_experts_per_tok": 5},
+        layer_types=["full_attention", "sliding_attention"],
         attention_bias=False,
         swiglu_alpha=1.1,
         tie_word_embeddings=True,

@@ -38,6 +38,8 @@ def longrope(original):
 
 class TestLlama(FamilyTester):
     hf_config = tiny()
+    way = {"num_beams": 3}  # noqa: RUF012
+    own_heads = True
     full_size = (
         {
             "vocab_size": 128256,

@@ -43,9 +43,9 @@ def of_the_whole_model(tensors):
 
 
 class TestLlama4(RouterLogits, MoeTester):
-    """Scout's: experts, chunks and rope in most layers."""
+    """Experts in every other layer, chunks and rope in the others."""
 
-    hf_config = transformers.Llama4TextConfig(**SHAPE, rope_parameters=LLAMA3)
+    hf_config = transformers.Llama4TextConfig(**SHAPE, no_rope_layers=[1, 0, 1, 0], rope_parameters=LLAMA3)
     full_size = ({}, 107_769_861_120)  # the text part of meta-llama/Llama-4-Scout-17B-16E
     other_keys = (of_the_whole_model, lambda tensors: {key.removeprefix("model."): tensor for key, tensor in tensors.items()})
 

@@ -15,6 +15,7 @@ SHAPE = {
 class TestMamba(FamilyTester):
     hf_config = transformers.MambaConfig(**SHAPE)
     attentions = False
+    way = {"num_beams": 3}  # noqa: RUF012
     full_size = ({"num_hidden_layers": 24}, 129_135_360)  # state-spaces/mamba-130m-hf
     other_keys = (
         # as first published: embedding, and the tied head a second time

@@ -7,7 +7,7 @@ SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 10,

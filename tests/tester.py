@@ -44,7 +44,6 @@ MESHES = [
     ("sequence", {"fsdp": 2, "tensor": 2, "sequence": 2}),
 ]
 EXPERTS = "expert", {"fsdp": 2, "tensor": 2, "expert": 2}
-WAYS = [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}]
 CHUNKS = [[7] * 4, [7, 0, 3, 1], [0, 7, 0, 2], [7, 5, 7, 7]]  # turns of 7 columns, for programs that are compiled for this alone
 
 
@@ -90,6 +89,8 @@ class FamilyChecks(VariantChecks):
     other_keys: tuple = ()  # functions from a file's {key: tensor} to one as found in the wild, which loads to the same parameters
     head_config: dict = {"num_labels": 3, "pad_token_id": 0}  # noqa: RUF012
     attentions: bool = True  # whether there are layers of attention, whose weights output_attentions returns
+    way: dict = {}  # noqa: RUF012  # how a model over a mesh generates: beams are for one family per kind of cache
+    own_heads: bool = False  # whether there are heads that are no other family's: then every loss of each is compared
 
     def head_ids(self, ids):
         """Token ids [3,50] as every head can read them, cut to columns 23 to 49 and 0 to 30 too."""
@@ -115,9 +116,9 @@ class FamilyChecks(VariantChecks):
         model, params = case.load(rules=Rules.preset(preset, make_mesh(**mesh)), scan_layers=True)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
         case.check(model, params)
-        self.generates_alike(case, model, params, WAYS[number % len(WAYS)])
+        self.generates_alike(case, model, params)
 
-    def generates_alike(self, case, model, params, way):
+    def generates_alike(self, case, model, params):
         """What a model over a mesh generates, if it does."""
 
     def test_torch_loads_ours(self, case, tmp_path):
@@ -193,7 +194,7 @@ class FamilyChecks(VariantChecks):
         """Every other head of the family: logits and losses of a batch with padding on either side, against HF's class."""
         for name in self.classes():
             if name not in ("AutoModel", "AutoModelForCausalLM", "AutoModelForTextEncoding", self.task):
-                check_head(self.hf_config, self.head_config, name, tmp_path / name, self.others, self.head_ids)
+                check_head(self.hf_config, self.head_config, name, tmp_path / name, self.others, self.head_ids, self.own_heads)
 
     def test_full_size(self):
         if not self.full_size:
@@ -252,11 +253,11 @@ class FamilyTester(FamilyChecks, VariantTester):
 
     greedy = True
 
-    def generates_alike(self, case, model, params, way):
+    def generates_alike(self, case, model, params):
         """The tokens of one device: greedy, by beams or drawn."""
         ids, mask = case.inputs.input_ids, case.inputs.attention_mask
-        key = {"key": jax.random.key(0)} if "do_sample" in way else {}
-        call = lambda *model: generate(*model, ids, mask, max_new_tokens=8, **parity.GREEDY | way, **key).sequences
+        key = {"key": jax.random.key(0)} if "do_sample" in self.way else {}
+        call = lambda *model: generate(*model, ids, mask, max_new_tokens=8, **parity.GREEDY | self.way, **key).sequences
         with parity_mode():
             np.testing.assert_array_equal(call(model, params), call(*case.loaded))
 
@@ -275,7 +276,7 @@ class FamilyTester(FamilyChecks, VariantTester):
     def test_heads_first_cache(self, case, monkeypatch):
         """The memory layout of accelerators."""
         monkeypatch.setattr("jaxmodels.cache.jax.default_backend", lambda: "tpu")
-        case.check_turns(CHUNKS, [7] * 4, fresh=False)
+        case.check_turns(CHUNKS, [7] * 4, *case.scanned, fresh=False)
 
     def test_one_compilation_per_bucket(self, case):
         """A second call with other lengths, another eos id and another limit compiles nothing."""
