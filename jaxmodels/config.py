@@ -138,6 +138,7 @@ class DecoderConfig(Config):
     num_key_value_heads: int = None  # type: ignore[assignment]  # as many as query heads
     head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
+    attention_dropout: float | None = 0.0
     rope_parameters: RopeParameters = RopeParameters()
 
     def __post_init__(self) -> None:
