@@ -15,8 +15,8 @@ from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
 from jaxmodels.layers import RMSNorm, Step, dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
-from jaxmodels.models.llama import LlamaMLP
-from jaxmodels.models.mistral import MistralAttention, MistralConfig, MistralModel
+from jaxmodels.models.llama import LlamaMLP, LlamaModel
+from jaxmodels.models.mistral import MistralAttention, MistralConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Phi3Block(nn.Module):
         return x, state, weights
 
 
-class Phi3Model(MistralModel):
+class Phi3Model(LlamaModel):
     block = Phi3Block
 
 
