@@ -40,7 +40,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     num_labels: int = 2
-    classifier_dropout: float | None = None  # None: that of hidden states
+    classifier_dropout: float | None = None  # None: as hidden states, or 0.1
     problem_type: str | None = None
     attn_implementation: str | None = None
     generation_config: Mapping[str, Any] = FrozenDict()  # the contents of generation_config.json

@@ -98,9 +98,8 @@ class DbrxAttention(nn.Module):
         if (limit := c.attn_config["clip_qkv"]) is not None:
             q, k, v = (jnp.clip(y, -limit, limit) for y in (q, k, v))
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(
-            q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attn_config["attn_pdrop"])
-        )  # [B, T, N*H]
+        noise = weight_dropout(self, c.attn_config["attn_pdrop"])
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=noise)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
 
 
