@@ -40,6 +40,7 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     num_labels: int = 2
+    classifier_dropout: float | None = None  # None: as hidden states, or 0.1
     problem_type: str | None = None
     attn_implementation: str | None = None
     generation_config: Mapping[str, Any] = FrozenDict()  # the contents of generation_config.json
@@ -105,6 +106,8 @@ class Config:
         """The contents of config.json, in the spellings of transformers 4 and 5 where they differ."""
         apart = ("extra", "num_labels", "attn_implementation", "experts_implementation", "generation_config", "rope_parameters")
         out = {**self.extra, "model_type": self.model_type, **{n: thaw(getattr(self, n)) for n in self.field_names() if n not in apart}}
+        if self.classifier_dropout is None:
+            del out["classifier_dropout"]
         if self.num_labels != len(self.extra.get("id2label") or (0, 1)):
             out["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             out["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
@@ -138,6 +141,7 @@ class DecoderConfig(Config):
     num_key_value_heads: int = None  # type: ignore[assignment]  # as many as query heads
     head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
+    attention_dropout: float | None = 0.0
     rope_parameters: RopeParameters = RopeParameters()
 
     def __post_init__(self) -> None:

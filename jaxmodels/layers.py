@@ -45,13 +45,20 @@ def adapter_of(module: nn.Module) -> dict[str, Any]:
 
 def dropout(module: nn.Module, x: jax.Array, rate: Any) -> jax.Array:
     """x with a share `rate` of its numbers set to 0 and the rest made larger by it, where the call has a key: rngs={"dropout": key}."""
-    if not module.has_rng("dropout") or (isinstance(rate, int | float) and rate == 0):
+    if not module.has_rng("dropout") or (isinstance(rate, int | float | None) and not rate):
         return x
     kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
-def weight_dropout(module: nn.Module, rate: float) -> tuple[jax.Array, float] | None:
+def drop_layer(module: nn.Module, x: jax.Array, after: jax.Array, rate: float) -> jax.Array:
+    """What a layer makes of x or, in a share `rate` of the calls with a key, x itself for the whole batch (arXiv:1909.11556)."""
+    if not rate or not module.has_rng("dropout"):
+        return after
+    return jnp.where(jax.random.bernoulli(module.make_rng("dropout"), rate), x, after)
+
+
+def weight_dropout(module: nn.Module, rate: float | None) -> tuple[jax.Array, float] | None:
     """Attention's `dropout` option: a key and the rate, where the call has a key."""
     return (module.make_rng("dropout"), rate) if rate and module.has_rng("dropout") else None
 

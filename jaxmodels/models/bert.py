@@ -42,7 +42,6 @@ class BertConfig(Config):
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
     is_decoder: bool = False
     add_cross_attention: bool = False
     pad_token_id: int | None = 0

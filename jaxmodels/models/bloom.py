@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.ops.attention import alibi, alibi_slopes
 from jaxmodels.outputs import BaseModelOutput
@@ -34,6 +34,8 @@ class BloomConfig(Config):
     num_attention_heads: int = 8
     layer_norm_epsilon: float = 1e-5
     apply_residual_connection_post_layernorm: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
 
@@ -50,8 +52,8 @@ class BloomAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, bias=step.rope)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="dense")(out), state, weights
+        out, state, weights = attend(q, k, v, state, step, bias=step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="dense")(out), c.hidden_dropout), state, weights
 
 
 class BloomMLP(nn.Module):
@@ -63,7 +65,7 @@ class BloomMLP(nn.Module):
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
         h = dense(4 * c.hidden_size, ("mlp", "embed"), name="dense_h_to_4h")(x)  # [B, T, F]
         h = step.constrain(jax.nn.gelu(h, approximate=True), "batch", "seq", "act_mlp")
-        return dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(h)
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(h), c.hidden_dropout)
 
 
 class BloomBlock(nn.Module):

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, HeadNorm, LayerNorm, Linear, Rope, Step, attend
+from jaxmodels.layers import GatedMLP, HeadNorm, LayerNorm, Linear, Rope, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -56,7 +56,7 @@ class CohereAttention(nn.Module):
             q = HeadNorm(c.layer_norm_eps, name="q_norm")(q)
             k = HeadNorm(c.layer_norm_eps, name="k_norm")(k)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig, MixedLayers
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, LayerNorm, Linear, Step, attend
+from jaxmodels.layers import GatedMLP, LayerNorm, Linear, Step, attend, weight_dropout
 from jaxmodels.models.cohere import CohereForCausalLM, CohereModel
 
 
@@ -56,7 +56,8 @@ class Cohere2Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, None if window is None else step.rope, window=window)  # [B, T, N*H]
+        options: dict[str, Any] = {"window": window, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, None if window is None else step.rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

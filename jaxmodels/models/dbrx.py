@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Op, Rename, Split, StackExperts, Transpose
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend, dropout, weight_dropout
 from jaxmodels.models.mixtral import MixtralModel
 from jaxmodels.moe import Experts, MoeCausalLM
 from jaxmodels.ops.moe import pick
@@ -54,8 +54,8 @@ class DbrxConfig(Config):
     num_attention_heads: int = 16
     num_hidden_layers: int = 24
     max_position_embeddings: int = 2048
-    resid_pdrop: float = 0.0
-    emb_pdrop: float = 0.0
+    resid_pdrop: float | None = 0.0
+    emb_pdrop: float | None = 0.0  # not read: HF does not
     attn_config: Mapping[str, Any] = ATTENTION
     ffn_config: Mapping[str, Any] = FFN
     rope_parameters: RopeParameters = RopeParameters()
@@ -98,7 +98,8 @@ class DbrxAttention(nn.Module):
         if (limit := c.attn_config["clip_qkv"]) is not None:
             q, k, v = (jnp.clip(y, -limit, limit) for y in (q, k, v))
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        noise = weight_dropout(self, c.attn_config["attn_pdrop"])
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=noise)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
 
 
@@ -110,7 +111,7 @@ class DbrxNormAttentionNorm(nn.Module):
         """x after attention, the same normalised, the state and the weights."""
         norm = partial(LayerNorm, use_bias=False)
         h, state, weights = DbrxAttention(self.config, name="attn")(norm(name="norm_1")(x), state, step)
-        x = x + h
+        x = x + dropout(self, h, self.config.resid_pdrop)
         return x, norm(name="norm_2")(x), state, weights
 
 
@@ -138,7 +139,7 @@ class DbrxBlock(nn.Module):
         x = step.constrain(x, "batch", "seq", "act_embed")
         x, h, state, weights = DbrxNormAttentionNorm(self.config, name="norm_attn_norm")(x, state, step)
         h, logits = DbrxFFN(self.config, name="ffn")(h, step)
-        return x + h, state, (weights, logits if step.output_router_logits else None)
+        return x + dropout(self, h, self.config.resid_pdrop), state, (weights, logits if step.output_router_logits else None)
 
 
 class DbrxModel(MixtralModel):

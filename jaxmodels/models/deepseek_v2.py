@@ -22,7 +22,7 @@ from jaxmodels.cache import KVSpec
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Rope, Step, look, parameter, remember
+from jaxmodels.layers import Linear, RMSNorm, Rope, Step, look, parameter, remember, weight_dropout
 from jaxmodels.model import SequenceClassification
 from jaxmodels.models.llama import LlamaMLP
 from jaxmodels.models.mixtral import MixtralModel
@@ -113,16 +113,17 @@ class DeepseekV2Attention(nn.Module):
         q = jnp.concatenate([q[..., P:], q[..., :P]], -1)  # the turned part first, as in k
         kv = dense(C + R, (None, "embed"), c.attention_bias, name="kv_a_proj_with_mqa")(x)
         k = jnp.concatenate([kv[..., C:], norm(name="kv_a_layernorm")(kv[..., :C])], -1)[:, :, None]  # [B, T, 1, R+C]
+        options: dict[str, Any] = {"scale": c.attention_scale, "dropout": weight_dropout(self, c.attention_dropout)}
         q, k, _, positions, state = remember(q, k, None, state, step, step.rope)
         up, S = LatentUp(N, P + V, c.initializer_range, name="kv_b_proj")(C).astype(x.dtype), k.shape[1]
         if T * (C * (P + V) + S * 2 * (R + C)) < S * (C * (P + V) + T * (P + R + V)):  # multiplications by head, latent and expanded
             q = jnp.concatenate([q[..., :R], einsum("btnp,npc->btnc", q[..., R:], up[:, :P]).astype(x.dtype)], -1)
-            out, weights = look(q, k, k, positions, step, scale=c.attention_scale)  # [B, T, N, R+C]
+            out, weights = look(q, k, k, positions, step, **options)  # [B, T, N, R+C]
             out = einsum("btnc,nvc->btnv", out[..., R:], up[:, P:]).astype(x.dtype)
         else:
             kv = linear(k[:, :, 0, R:], up.reshape(-1, C)).reshape(B, S, N, P + V)
             k = jnp.concatenate([jnp.broadcast_to(k[..., :R], (B, S, N, R)), kv[..., :P]], -1)
-            out, weights = look(q, k, kv[..., P:], positions, step, scale=c.attention_scale)
+            out, weights = look(q, k, kv[..., P:], positions, step, **options)
         return dense(D, ("embed", "heads"), c.attention_bias, name="o_proj")(out.reshape(B, T, N * V)), state, weights
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig, MixedLayers
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Step, attend
+from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 
@@ -63,7 +63,8 @@ class Exaone4Attention(nn.Module):
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
         rope = step.rope if c.sliding_window is None or window is not None else None
-        out, state, weights = attend(q, k, v, state, step, rope, window=window)  # [B, T, N*H]
+        options: dict[str, Any] = {"window": window, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -18,7 +18,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.ops.attention import alibi_slopes
 from jaxmodels.ops.rope import RopeParameters
@@ -43,6 +43,8 @@ class FalconConfig(Config):
     multi_query: bool = True
     parallel_attn: bool = True
     bias: bool = False
+    hidden_dropout: float | None = 0.0
+    attention_dropout: float | None = 0.0
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters = RopeParameters()
     layer_norm_epsilon: float = 1e-5
@@ -76,7 +78,9 @@ class FalconAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        places = {"bias": step.rope} if c.alibi else {"rope": step.rope}
+        places: dict[str, Any] = {"rope": step.rope}
+        if c.alibi:  # HF drops no weights beside rope
+            places = {"bias": step.rope, "dropout": weight_dropout(self, c.attention_dropout)}
         out, state, weights = attend(q, k, v, state, step, **places)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="dense")(out), state, weights
 
@@ -104,13 +108,13 @@ class FalconDecoderLayer(nn.Module):
         x = step.constrain(x, "batch", "seq", "act_embed")
         if c.new_decoder_architecture and c.num_ln_in_parallel_attn != 1:
             h, state, weights = attention(norm(name="ln_attn")(x), state, step)
-            return mlp(norm(name="ln_mlp")(x), step) + h + x, state, weights
+            return dropout(self, mlp(norm(name="ln_mlp")(x), step) + h, c.hidden_dropout) + x, state, weights
         y = norm(name="input_layernorm")(x)
         h, state, weights = attention(y, state, step)
         if c.new_decoder_architecture or c.parallel_attn:
-            return mlp(y, step) + h + x, state, weights
-        x = x + h
-        return mlp(norm(name="post_attention_layernorm")(x), step) + x, state, weights
+            return dropout(self, mlp(y, step) + h, c.hidden_dropout) + x, state, weights
+        x = x + dropout(self, h, c.attention_dropout)
+        return dropout(self, mlp(norm(name="post_attention_layernorm")(x), step), c.hidden_dropout) + x, state, weights
 
 
 class FalconModel(Model):

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig, MixedLayers
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, Step, attend
+from jaxmodels.layers import GatedMLP, Linear, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.gemma import GemmaModel, GemmaRMSNorm, causal_only
 
@@ -71,7 +71,8 @@ class Gemma2Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        options = {"scale": c.query_pre_attn_scalar**-0.5, "window": c.window(self.kind), "softcap": c.attn_logit_softcapping}
+        options: dict[str, Any] = {"scale": c.query_pre_attn_scalar**-0.5, "window": c.window(self.kind)}
+        options |= {"softcap": c.attn_logit_softcapping, "dropout": weight_dropout(self, c.attention_dropout)}
         out, state, weights = attend(q, k, v, state, step, step.rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 

@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 from jaxmodels.config import DecoderConfig, MixedLayers
 from jaxmodels.convert.rules import Alias, Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, Rope, Step, attend
+from jaxmodels.layers import Linear, Rope, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification
 from jaxmodels.models.gemma import GemmaModel, GemmaRMSNorm, causal_only
 from jaxmodels.models.gemma2 import Gemma2Block, softcap
@@ -98,7 +98,8 @@ class Gemma3Attention(nn.Module):
         k = norm(name="k_norm")(dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H))
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        options = {"scale": c.query_pre_attn_scalar**-0.5, "window": c.window(self.kind)}
+        options: dict[str, Any] = {"scale": c.query_pre_attn_scalar**-0.5, "window": c.window(self.kind)}
+        options["dropout"] = weight_dropout(self, c.attention_dropout)
         out, state, weights = attend(q, k, v, state, step, step.rope[self.kind], **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Rope, Step, attend
+from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Rope, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -55,7 +55,7 @@ class Glm4Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), use_bias=c.attention_bias, name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), use_bias=c.attention_bias, name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

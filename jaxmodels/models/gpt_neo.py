@@ -46,6 +46,7 @@ class GPTNeoConfig(Config):
     embd_pdrop: float = 0.0
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
+    classifier_dropout: float = 0.1
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
 

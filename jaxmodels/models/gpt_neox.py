@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.ops.rope import RopeParameters
 from jaxmodels.outputs import BaseModelOutput
@@ -38,6 +38,9 @@ class GPTNeoXConfig(Config):
     use_parallel_residual: bool = True
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.25)
     attention_bias: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    classifier_dropout: float = 0.1
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -55,8 +58,8 @@ class GPTNeoXAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="dense")(out), state, weights
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="dense")(out), c.hidden_dropout), state, weights
 
 
 class GPTNeoXMLP(nn.Module):
@@ -68,7 +71,7 @@ class GPTNeoXMLP(nn.Module):
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
         h = activation(c.hidden_act)(dense(c.intermediate_size, ("mlp", "embed"), name="dense_h_to_4h")(x))  # [B, T, F]
         h = step.constrain(h, "batch", "seq", "act_mlp")
-        return dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(h)
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(h), c.hidden_dropout)
 
 
 class GPTNeoXLayer(nn.Module):
@@ -111,6 +114,7 @@ class GPTNeoXModel(Model):
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         step = step.replace(rope=step.make_rope(c.rope_parameters, c.head_dim, position_ids, self.dtype))
         x = self.embed_in(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        x = dropout(self, x, c.hidden_dropout)
         x, states, inputs, weights = self.layers(x, None if cache is None else cache.layers, step)
         x = self.final_layer_norm(x)
         return BaseModelOutput(

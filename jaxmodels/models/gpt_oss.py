@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxmodels.config import DecoderConfig, MixedLayers
 from jaxmodels.convert.rules import Op, Split, Transpose
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, Step, attend, parameter
+from jaxmodels.layers import Linear, Step, attend, parameter, weight_dropout
 from jaxmodels.model import SequenceClassification, TokenClassification
 from jaxmodels.models.mixtral import MixtralModel
 from jaxmodels.models.olmo2 import Olmo2RMSNorm
@@ -84,7 +84,8 @@ class GptOssAttention(nn.Module):
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         sinks = parameter(self, "sinks", nn.initializers.normal(c.initializer_range), (None,), (N,))
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope, window=c.window(self.kind), sinks=sinks)  # [B, T, N*H]
+        options: dict[str, Any] = {"window": c.window(self.kind), "sinks": sinks, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification
 from jaxmodels.ops.rope import RopeParameters
 from jaxmodels.outputs import BaseModelOutput
@@ -41,6 +41,9 @@ class GPTJConfig(Config):
     activation_function: str = "gelu_new"
     max_position_embeddings: int = 2048
     layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
@@ -58,8 +61,8 @@ class GPTJAttention(nn.Module):
         k = dense(D, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, N, H)
         v = dense(D, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, N, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attn_pdrop))  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="out_proj")(out), c.resid_pdrop), state, weights
 
 
 class GPTJMLP(nn.Module):
@@ -71,7 +74,7 @@ class GPTJMLP(nn.Module):
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
         h = dense(c.n_inner or 4 * c.hidden_size, ("mlp", "embed"), name="fc_in")(x)  # [B, T, F]
         h = step.constrain(activation(c.activation_function)(h), "batch", "seq", "act_mlp")
-        return dense(c.hidden_size, ("embed", "mlp"), name="fc_out")(h)
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="fc_out")(h), c.resid_pdrop)
 
 
 class GPTJBlock(nn.Module):
@@ -110,6 +113,7 @@ class GPTJModel(Model):
         step, cache = self.start(input_ids, attention_mask, inputs_embeds, cache, output_hidden_states, output_attentions)
         rope = step.make_rope(RopeParameters(), c.rotary_dim or c.head_dim, position_ids, self.dtype, interleaved=True)
         x = self.wte(input_ids, self.dtype) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        x = dropout(self, x, c.embd_pdrop)
         x, states, inputs, weights = self.h(x, None if cache is None else cache.layers, step.replace(rope=rope))
         x = self.ln_f(x)
         return BaseModelOutput(

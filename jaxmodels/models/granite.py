@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Step, attend
+from jaxmodels.layers import Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM
 from jaxmodels.models.llama import LlamaConfig, LlamaMLP, LlamaModel
 
@@ -39,7 +39,8 @@ class GraniteAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope, scale=c.attention_multiplier)  # [B, T, N*H]
+        options: dict[str, Any] = {"scale": c.attention_multiplier, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

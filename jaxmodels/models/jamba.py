@@ -17,7 +17,7 @@ from jaxmodels.cache import KVSpec, RecurrentSpec
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, GatedMLP, Layers, Linear, RMSNorm, Step, attend
+from jaxmodels.layers import Embedding, GatedMLP, Layers, Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.model import SequenceClassification
 from jaxmodels.models.mamba import MambaMixer, mixer_spec
 from jaxmodels.models.mixtral import MixtralModel
@@ -43,6 +43,7 @@ class JambaConfig(RoutedExperts, Config):
     expert_layer_offset: int = 1
     attn_layer_period: int = 8
     attn_layer_offset: int = 4
+    attention_dropout: float = 0.0
     mamba_d_state: int = 16
     mamba_d_conv: int = 4
     mamba_expand: int = 2
@@ -101,7 +102,7 @@ class JambaAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Ignore
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, Layers, Linear, RMSNorm, Step, activation, attend
+from jaxmodels.layers import Embedding, Layers, Linear, RMSNorm, Step, activation, attend, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.outputs import BaseModelOutput
 
@@ -33,7 +33,6 @@ class LlamaConfig(DecoderConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
-    attention_dropout: float = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -52,7 +51,7 @@ class LlamaAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

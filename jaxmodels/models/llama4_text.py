@@ -18,7 +18,7 @@ from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Alias, Ignore, Op, Split, Transpose
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Rope, Step, look, remember
+from jaxmodels.layers import GatedMLP, Linear, RMSNorm, Rope, Step, look, remember, weight_dropout
 from jaxmodels.models.mixtral import MixtralModel
 from jaxmodels.moe import Experts, MoeCausalLM, RoutedExperts
 from jaxmodels.ops.moe import pick
@@ -123,7 +123,7 @@ class Llama4TextAttention(nn.Module):
             step = step.replace(packed=jnp.where(step.positions < 0, -1, jnp.arange(T) + T * jnp.cumsum(starts, 1)))
         elif chunk is not None:
             step, positions = step.replace(positions=apart(step.positions, chunk)), apart(positions, chunk)
-        out, weights = look(q, k, v, positions, step, window=chunk)
+        out, weights = look(q, k, v, positions, step, window=chunk, dropout=weight_dropout(self, c.attention_dropout))
         return dense(D, ("embed", "heads"), name="o_proj")(out.reshape(B, T, N * H)), state, weights
 
 

@@ -18,7 +18,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.ops.attention import alibi, alibi_slopes
 from jaxmodels.outputs import BaseModelOutput
@@ -26,7 +26,7 @@ from jaxmodels.outputs import BaseModelOutput
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MptConfig(Config):
-    """attn_config: the published dict; of it count clip_qkv and softmax_scale, and as in HF not alibi_bias_max."""
+    """attn_config: the published dict; of it count clip_qkv, softmax_scale and attn_pdrop, and as in HF not alibi_bias_max."""
 
     model_type: ClassVar[str] = "mpt"
     spelled: ClassVar[Mapping[str, str]] = {
@@ -48,6 +48,11 @@ class MptConfig(Config):
         if self.attn_config is None:
             object.__setattr__(self, "attn_config", FrozenDict())
 
+    @property
+    def attn_pdrop(self) -> float:
+        """The one rate that HF applies, in the mlp too."""
+        return self.attn_config.get("attn_pdrop", 0.0)
+
 
 class MptAttention(nn.Module):
     config: MptConfig
@@ -63,9 +68,9 @@ class MptAttention(nn.Module):
         if clip:
             q, k, v = (jnp.clip(y, -clip, clip) for y in (q, k, v))
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        scale = c.attn_config.get("softmax_scale")
-        out, state, weights = attend(q, k, v, state, step, bias=step.rope, scale=scale)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="out_proj")(out), state, weights
+        options: dict[str, Any] = {"scale": c.attn_config.get("softmax_scale"), "dropout": weight_dropout(self, c.attn_pdrop)}
+        out, state, weights = attend(q, k, v, state, step, bias=step.rope, **options)  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="out_proj")(out), c.attn_pdrop), state, weights
 
 
 class MptMLP(nn.Module):
@@ -73,10 +78,11 @@ class MptMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        D = self.config.hidden_size
-        dense = partial(Linear, init_std=self.config.initializer_range)
+        c, D = self.config, self.config.hidden_size
+        dense = partial(Linear, init_std=c.initializer_range)
         h = jax.nn.gelu(dense(4 * D, ("mlp", "embed"), name="up_proj")(x), approximate=False)  # [B, T, F]
-        return dense(D, ("embed", "mlp"), name="down_proj")(step.constrain(h, "batch", "seq", "act_mlp"))
+        h = step.constrain(h, "batch", "seq", "act_mlp")
+        return dropout(self, dense(D, ("embed", "mlp"), name="down_proj")(h), c.attn_pdrop)
 
 
 class MptBlock(nn.Module):

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, Rope, Step, attend
+from jaxmodels.layers import GatedMLP, Linear, Rope, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.norm import layer_norm
@@ -55,7 +55,7 @@ class OlmoAttention(nn.Module):
         k = clip(dense(K * H, ("kv_heads", "embed"), name="k_proj")(x)).reshape(B, T, K, H)
         v = clip(dense(K * H, ("kv_heads", "embed"), name="v_proj")(x)).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, Linear, Rope, Step, attend, parameter
+from jaxmodels.layers import GatedMLP, Linear, Rope, Step, attend, parameter, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.norm import rms_norm_once
@@ -59,7 +59,7 @@ class Olmo2Attention(nn.Module):
         k = norm("kv_heads", name="k_norm")(dense(K * H, ("kv_heads", "embed"), name="k_proj")(x)).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Step, attend
+from jaxmodels.layers import Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralModel
 from jaxmodels.moe import MoeCausalLM, RoutedExperts, softmax_mixture, stacked
@@ -56,7 +56,7 @@ class OlmoeAttention(nn.Module):
             q, k, v = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, k, v))
         q, k, v = q.reshape(B, T, N, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

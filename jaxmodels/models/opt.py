@@ -16,7 +16,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, drop_layer, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model, QuestionAnswering, SequenceClassification
 from jaxmodels.outputs import BaseModelOutput
 
@@ -38,6 +38,7 @@ class OPTConfig(Config):
     max_position_embeddings: int = 2048
     dropout: float = 0.1
     attention_dropout: float = 0.0
+    layerdrop: float = 0.0
     word_embed_proj_dim: int = None  # type: ignore[assignment]  # hidden_size
     do_layer_norm_before: bool = True
     _remove_final_layer_norm: bool = False  # models fine-tuned before a bug was found
@@ -92,14 +93,16 @@ class OPTDecoderLayer(nn.Module):
             h = step.constrain(activation(c.activation_function)(fc1(x)), "batch", "seq", "act_mlp")  # [B, T, F]
             return dropout(self, fc2(h), c.dropout)
 
-        x = step.constrain(x, "batch", "seq", "act_embed")
+        before = x = step.constrain(x, "batch", "seq", "act_embed")
         if c.do_layer_norm_before:
             h, state, weights = attention(norm_1(x), state, step)
             x = x + h
-            return x + mlp(norm_2(x)), state, weights
-        h, state, weights = attention(x, state, step)
-        x = norm_1(x + h)
-        return norm_2(x + mlp(x)), state, weights
+            x = x + mlp(norm_2(x))
+        else:
+            h, state, weights = attention(x, state, step)
+            x = norm_1(x + h)
+            x = norm_2(x + mlp(x))
+        return drop_layer(self, before, x, c.layerdrop), state, weights
 
 
 class OPTDecoder(Model):

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op, Split
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -36,6 +36,8 @@ class PersimmonConfig(Config):
     layer_norm_eps: float = 1e-5
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.5)
     qk_layernorm: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -56,7 +58,7 @@ class PersimmonAttention(nn.Module):
             q = LayerNorm(c.layer_norm_eps, axis=None, name="q_layernorm")(q)
             k = LayerNorm(c.layer_norm_eps, axis=None, name="k_layernorm")(k)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="dense")(out), state, weights
 
 
@@ -68,7 +70,8 @@ class PersimmonMLP(nn.Module):
         c = self.config
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
         h = activation(c.hidden_act)(dense(c.intermediate_size, ("mlp", "embed"), name="dense_h_to_4h")(x))  # [B, T, F]
-        return dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(step.constrain(h, "batch", "seq", "act_mlp"))
+        h = step.constrain(h, "batch", "seq", "act_mlp")
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="dense_4h_to_h")(h), c.hidden_dropout)
 
 
 class PersimmonBlock(nn.Module):

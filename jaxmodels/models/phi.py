@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Ignore
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, parameter
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, parameter, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -35,6 +35,8 @@ class PhiConfig(DecoderConfig):
     layer_norm_eps: float = 1e-5
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.5)
     qk_layernorm: bool = False
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -55,7 +57,7 @@ class PhiAttention(nn.Module):
             q = LayerNorm(c.layer_norm_eps, axis=None, name="q_layernorm")(q)
             k = LayerNorm(c.layer_norm_eps, axis=None, name="k_layernorm")(k)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="dense")(out), state, weights
 
 
@@ -78,7 +80,8 @@ class PhiBlock(nn.Module):
         x = step.constrain(x, "batch", "seq", "act_embed")
         h = LayerNorm(self.config.layer_norm_eps, name="input_layernorm")(x)
         attended, state, weights = PhiAttention(self.config, name="self_attn")(h, state, step)
-        return attended + PhiMLP(self.config, name="mlp")(h, step) + x, state, weights
+        drop = partial(dropout, self, rate=self.config.resid_pdrop)
+        return drop(attended) + drop(PhiMLP(self.config, name="mlp")(h, step)) + x, state, weights
 
 
 class PhiModel(LlamaModel):
@@ -89,6 +92,9 @@ class PhiModel(LlamaModel):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.initializer_range)
         self.layers = Layers(self.block, c, self.scan_layers, self.remat)
         self.final_layernorm = LayerNorm(c.layer_norm_eps)
+
+    def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        return dropout(self, super().embed(input_ids, inputs_embeds), self.config.embd_pdrop)
 
     @property
     def norm(self) -> LayerNorm:  # type: ignore[override]

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
+
+import jax
+from flax import linen as nn
 
 from jaxmodels.convert.rules import Op, Split
 from jaxmodels.family import Family, tied_head
+from jaxmodels.layers import RMSNorm, Step, dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
-from jaxmodels.models.mistral import MistralConfig, MistralModel
+from jaxmodels.models.llama import LlamaMLP, LlamaModel
+from jaxmodels.models.mistral import MistralAttention, MistralConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,7 @@ class Phi3Config(MistralConfig):
     original_max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
+    resid_pdrop: float = 0.0
     pad_token_id: int | None = 32000
     eos_token_id: int | tuple[int, ...] | None = 32000
 
@@ -39,8 +46,22 @@ class Phi3Config(MistralConfig):
         return super().from_dict(values)
 
 
-class Phi3Model(MistralModel):
-    pass
+class Phi3Block(nn.Module):
+    config: Phi3Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
+        c = self.config
+        norm, drop = partial(RMSNorm, c.rms_norm_eps), partial(dropout, self, rate=c.resid_pdrop)
+        x = step.constrain(x, "batch", "seq", "act_embed")
+        h, state, weights = MistralAttention(c, name="self_attn")(norm(name="input_layernorm")(x), state, step)
+        x = x + drop(h)
+        x = x + drop(LlamaMLP(c, name="mlp")(norm(name="post_attention_layernorm")(x), step))
+        return x, state, weights
+
+
+class Phi3Model(LlamaModel):
+    block = Phi3Block
 
 
 def rules(config: Phi3Config) -> Sequence[Op]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import LayerNorm, Linear, Rope, Step, attend
+from jaxmodels.layers import LayerNorm, Linear, Rope, Step, attend, weight_dropout
 from jaxmodels.model import SequenceClassification
 from jaxmodels.models.mixtral import MixtralConfig, MixtralModel
 from jaxmodels.moe import Experts, MoeCausalLM, stacked
@@ -55,7 +55,8 @@ class PhimoeAttention(nn.Module):
         if magnitude is not None:
             q = (q * magnitude**2).astype(q.dtype)  # its own and the keys', which one number per row allows
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, rope, window=c.sliding_window)  # [B, T, N*H]
+        options: dict[str, Any] = {"window": c.sliding_window, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jaxmodels.config import MixedLayers
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Step, attend
+from jaxmodels.layers import Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaConfig, LlamaMLP, LlamaModel
 
@@ -50,7 +50,8 @@ class Qwen2Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), use_bias=True, name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), use_bias=True, name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope, window=c.window(self.kind))  # [B, T, N*H]
+        options: dict[str, Any] = {"window": c.window(self.kind), "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxmodels.cache import Cache, RecurrentSpec, SlidingKVSpec
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import CausalConv, Embedding, Layers, Linear, Step, activation, attend, parameter
+from jaxmodels.layers import CausalConv, Embedding, Layers, Linear, Step, activation, attend, parameter, weight_dropout
 from jaxmodels.model import CausalLM, Model
 from jaxmodels.models.gemma import GemmaRMSNorm
 from jaxmodels.models.gemma2 import softcap
@@ -81,7 +81,8 @@ class RecurrentGemmaAttention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope[0], window=c.attention_window_size)  # [B, T, N*H]
+        options: dict[str, Any] = {"window": c.attention_window_size, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope[0], **options)  # [B, T, N*H]
         return Linear(D, ("embed", "heads"), True, (2 / (c.num_hidden_layers * D)) ** 0.5, name="o_proj")(out), state, weights
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.config import MixedLayers
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Linear, RMSNorm, Step, attend
+from jaxmodels.layers import Linear, RMSNorm, Step, attend, weight_dropout
 from jaxmodels.model import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaConfig, LlamaMLP, LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -75,7 +75,8 @@ class SmolLM3Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope if has_rope else None, window=c.window(attention))  # [B, T, N*H]
+        options: dict[str, Any] = {"window": c.window(attention), "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope if has_rope else None, **options)  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxmodels.config import DecoderConfig
 from jaxmodels.convert.rules import Ignore, Op, StackExperts
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import GatedMLP, HeadNorm, LayerNorm, Linear, Step, attend
+from jaxmodels.layers import GatedMLP, HeadNorm, LayerNorm, Linear, Step, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 from jaxmodels.ops.rope import RopeParameters
@@ -37,6 +37,7 @@ class StableLmConfig(DecoderConfig):
     layer_norm_eps: float = 1e-5
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.25)
     use_qkv_bias: bool = False
+    hidden_dropout: float = 0.0
     qk_layernorm: bool = False
     use_parallel_residual: bool = False
     tie_word_embeddings: bool = False
@@ -59,7 +60,7 @@ class StableLmAttention(nn.Module):
             q = HeadNorm(c.layer_norm_eps, name="q_layernorm")(q)
             k = HeadNorm(c.layer_norm_eps, name="k_layernorm")(k)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope)  # [B, T, N*H]
+        out, state, weights = attend(q, k, v, state, step, step.rope, dropout=weight_dropout(self, c.attention_dropout))  # [B, T, N*H]
         return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
 
 
@@ -75,9 +76,9 @@ class StableLmBlock(nn.Module):
         h = norm(name="input_layernorm")(x)
         attended, state, weights = StableLmAttention(c, name="self_attn")(h, state, step)
         if c.use_parallel_residual:
-            return x + attended + mlp(h, step), state, weights
+            return x + attended + dropout(self, mlp(h, step), c.hidden_dropout), state, weights
         x = x + attended
-        return x + mlp(norm(name="post_attention_layernorm")(x), step), state, weights
+        return x + dropout(self, mlp(norm(name="post_attention_layernorm")(x), step), c.hidden_dropout), state, weights
 
 
 class StableLmModel(LlamaModel):

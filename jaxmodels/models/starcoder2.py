@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxmodels.cache import KVSpec, SlidingKVSpec
 from jaxmodels.config import DecoderConfig
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import LayerNorm, Linear, Step, activation, attend
+from jaxmodels.layers import LayerNorm, Linear, Step, activation, attend, dropout, weight_dropout
 from jaxmodels.model import CausalLM, SequenceClassification, TokenClassification
 from jaxmodels.models.llama import LlamaModel
 
@@ -35,6 +35,8 @@ class Starcoder2Config(DecoderConfig):
     norm_epsilon: float = 1e-5
     sliding_window: int | None = None
     use_bias: bool = True
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     initializer_range: float = 0.018042
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
@@ -57,8 +59,9 @@ class Starcoder2Attention(nn.Module):
         k = dense(K * H, ("kv_heads", "embed"), name="k_proj")(x).reshape(B, T, K, H)
         v = dense(K * H, ("kv_heads", "embed"), name="v_proj")(x).reshape(B, T, K, H)
         q = step.constrain(q, "batch", "seq", "act_heads", None)
-        out, state, weights = attend(q, k, v, state, step, step.rope, window=c.sliding_window)  # [B, T, N*H]
-        return dense(D, ("embed", "heads"), name="o_proj")(out), state, weights
+        options: dict[str, Any] = {"window": c.sliding_window, "dropout": weight_dropout(self, c.attention_dropout)}
+        out, state, weights = attend(q, k, v, state, step, step.rope, **options)  # [B, T, N*H]
+        return dropout(self, dense(D, ("embed", "heads"), name="o_proj")(out), c.residual_dropout), state, weights
 
 
 class Starcoder2MLP(nn.Module):
@@ -69,7 +72,8 @@ class Starcoder2MLP(nn.Module):
         c = self.config
         dense = partial(Linear, use_bias=c.use_bias, init_std=c.initializer_range)
         h = activation(c.hidden_act)(dense(c.intermediate_size, ("mlp", "embed"), name="c_fc")(x))  # [B, T, F]
-        return dense(c.hidden_size, ("embed", "mlp"), name="c_proj")(step.constrain(h, "batch", "seq", "act_mlp"))
+        h = step.constrain(h, "batch", "seq", "act_mlp")
+        return dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="c_proj")(h), c.residual_dropout)
 
 
 class Starcoder2Block(nn.Module):
@@ -87,6 +91,9 @@ class Starcoder2Block(nn.Module):
 
 class Starcoder2Model(LlamaModel):
     block = Starcoder2Block
+
+    def embed(self, input_ids: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+        return dropout(self, super().embed(input_ids, inputs_embeds), self.config.embedding_dropout)
 
     def final_norm(self) -> LayerNorm:
         return LayerNorm(self.config.norm_epsilon)

@@ -18,7 +18,7 @@ from jaxmodels.cache import Cache
 from jaxmodels.config import Config
 from jaxmodels.convert.rules import Ignore, Op
 from jaxmodels.family import Family, tied_head
-from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, dropout, weight_dropout
+from jaxmodels.layers import Embedding, LayerNorm, Layers, Linear, Step, activation, attend, drop_layer, dropout, weight_dropout
 from jaxmodels.model import CausalLM, Model
 from jaxmodels.outputs import BaseModelOutput
 
@@ -45,6 +45,7 @@ class XGLMConfig(Config):
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
+    layerdrop: float = 0.0
     scale_embedding: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
@@ -84,12 +85,13 @@ class XGLMDecoderLayer(nn.Module):
     def __call__(self, x: jax.Array, state: Any, step: Step) -> tuple:
         c = self.config
         dense = partial(Linear, use_bias=True, init_std=c.initializer_range)
-        x = step.constrain(x, "batch", "seq", "act_embed")
+        before = x = step.constrain(x, "batch", "seq", "act_embed")
         h, state, weights = XGLMAttention(c, name="self_attn")(LayerNorm(name="self_attn_layer_norm")(x), state, step)
         x = x + h
         h = activation(c.activation_function)(dense(c.ffn_dim, ("mlp", "embed"), name="fc1")(LayerNorm(name="final_layer_norm")(x)))
         h = dropout(self, step.constrain(h, "batch", "seq", "act_mlp"), c.activation_dropout)  # [B, T, F]
-        return x + dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="fc2")(h), c.dropout), state, weights
+        h = x + dropout(self, dense(c.hidden_size, ("embed", "mlp"), name="fc2")(h), c.dropout)
+        return drop_layer(self, before, h, c.layerdrop), state, weights
 
 
 class XGLMModel(Model):

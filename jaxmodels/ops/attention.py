@@ -91,9 +91,12 @@ def xla(
     window: int | None = None,
     bias: jax.Array | None = None,
     causal: bool = True,
+    dropout: tuple[jax.Array, float] | None = None,
     rules: Any = None,
 ) -> tuple[jax.Array, Weights]:
-    """jax.nn.dot_product_attention, compiled by XLA; on one CPU our own, in blocks where texts are long."""
+    """jax.nn.dot_product_attention, compiled by XLA; on one CPU our own, in blocks where texts are long; written out where weights drop."""
+    if dropout is not None:
+        return eager(q, k, v, q_positions, k_positions, scale, window, bias=bias, causal=causal, dropout=dropout)
     mask = visible(q_positions, k_positions, window, causal)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -120,12 +123,12 @@ def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     function: Callable[..., tuple[jax.Array, Weights]]
-    options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, causal, rules
+    options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, causal, dropout, rules
 
 
 IMPLEMENTATIONS = {
     "eager": Implementation(eager, ("window", "softcap", "bias", "sinks", "causal", "dropout")),
-    "xla": Implementation(xla, ("window", "bias", "causal", "rules")),
+    "xla": Implementation(xla, ("window", "bias", "causal", "dropout", "rules")),
     "splash": Implementation(splash, ("window", "softcap", "rules")),
 }
 HF_NAMES = {"sdpa": "xla"}  # what HF configs call the compiler's own attention
