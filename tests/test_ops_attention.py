@@ -209,6 +209,17 @@ def test_options(options, dtype, monkeypatch):
         check(mine, np.einsum("bnts,bsnh->btnh", weights, c), qp[:, 0, :, 0], dtype)
 
 
+@pytest.mark.parametrize("name", NAMES, indirect=True)
+def test_padding_moves_no_gradient(name):
+    """What a query that sees nothing makes of the values depends on no query, key or bias."""
+    q, k, v, qp, kp = inputs(3, 7, 7, 6, 2, 10, jnp.float32)
+    bias, blind = jnp.ones((3, 6, 7, 7)), (qp < 0)[:, :, None, None]
+    assert blind.any() and not blind.all()
+    run = lambda q, k, bias: jnp.sum(jnp.where(blind, attention(q, k, v, qp, kp, bias=bias, implementation=name)[0], 0) * v[:, :, :1])
+    for gradient in jax.jit(jax.grad(run, (0, 1, 2)))(q, k, bias):
+        np.testing.assert_array_equal(gradient, 0)
+
+
 def test_an_option_that_is_lacking():
     q, k, v, qp, kp = inputs(1, 2, 4, 2, 2, 3, jnp.float32)
     with pytest.raises(ValueError, match="'xla' has no softcap, which the model needs; possible are eager"):

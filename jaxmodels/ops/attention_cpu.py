@@ -41,12 +41,13 @@ def by_head(mask: jax.Array, bias: jax.Array | None, scale: float, q: jax.Array,
     (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
     # rows and heads as one axis: behind two that were turned, XLA:CPU makes a bfloat16 product a float32 one
     keys, values = (jnp.swapaxes(x, 1, 2).reshape(B * K, S, -1) for x in (k, v))
+    q = jnp.where(mask.any(-1)[:, 0, :, None, None], q, 0)  # a row that sees nothing has the same weights everywhere, and no gradient
     queries = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K * T, -1)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # a sum becomes part of the product, a choice would be a pass of its own
+    added = jnp.where(mask[:, :, None], 0 if bias is None else _grouped(bias, B, K, N), LOWEST)
     logits = (product("bxh,bsh->bxs", queries, keys) * scale).reshape(B, K, N // K, T, S)
-    logits = logits if bias is None else logits + _grouped(bias, B, K, N)
-    # added: XLA:CPU makes the sum part of the product, a choice a pass of its own
-    logits = (logits + jnp.where(mask, 0, LOWEST)[:, :, None]).reshape(B * K, -1, S)
+    logits = (logits + added).reshape(B * K, -1, S)
     weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = product("bxs,bsv->bxv", weights.astype(v.dtype), values) / weights.sum(-1, keepdims=True)
     return out.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
