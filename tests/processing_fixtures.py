@@ -194,3 +194,8 @@ TEXTS = [
     "e\u0301 ﬁ ① Å",
     "word " * 40,
 ]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
