@@ -373,30 +373,38 @@ class Layers(nn.Module):
         left: list[Any] = list(states or ())
         done: list[Any] = []
         stop = len(kinds) if step.early_exit is None else step.early_exit
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        init, layer = _init, jax.checkpoint(_layer, policy=remat_policy(self.remat), static_argnums=0) if self.remat else _layer
+        if isinstance(x, jax.core.Tracer):
+            init, layer = _traced_once(init), _traced_once(layer)
         for start, period, repeats in plan:
             if start >= stop:
                 break
             mine = None if states is None else tuple(left.pop(0) for _ in range(period))
             if repeats == 1:
                 inputs.append(x)
-                block = nn.remat(self.block, policy=remat_policy(self.remat)) if self.remat else self.block
-                x, state, w = self._make(block, kinds[start], name=str(start))(
-                    x, None if mine is None else mine[0], step.replace(number=start)
-                )
+                state = None if mine is None else mine[0]
+                block = self._make(kinds[start])
+                params = self._params(str(start), lambda key, block=block, x=x: init(block, key, x, step))
+                x, state, w = layer(block, params, x, state, step.replace(number=start), key)
                 weights.append(w)
                 mine = (state,)
             else:
                 runs = min(repeats, -(-(stop - start) // period))
                 staged = stages > 1 and repeats % stages == 0
-                x, mine, ins, ws = self._scan(x, mine, step, start, period, repeats, runs, staged)
+                x, mine, ins, ws = self._scan(x, mine, step, key, start, period, repeats, runs, staged)
                 pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
                 inputs += [pick(ins[j], i) for i in range(runs) for j in range(period)]
                 weights += [pick(ws[j], i) for i in range(runs) for j in range(period)]
             done += mine or ()
         return x, None if states is None else (*done, *left), inputs, weights
 
-    def _make(self, block: Any, kind: Hashable, **kwargs: Any) -> nn.Module:
-        return block(self.config, **({} if kind is None else {"kind": kind}), **kwargs)
+    def _make(self, kind: Hashable) -> nn.Module:
+        return self.block(self.config, **({} if kind is None else {"kind": kind}), parent=None)
+
+    def _params(self, name: str, init: Callable[[jax.Array], Any]) -> Any:
+        """Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes."""
+        return self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init)
 
     def _check_stages(self, plan: list[tuple[int, int, int]], stages: int, states: tuple | None, early_exit: bool) -> None:
         if not self.scan:
@@ -412,18 +420,16 @@ class Layers(nn.Module):
             raise ValueError(f"the stack cannot be cut into {stages} stages: {what}; possible numbers of stages are {possible}")
 
     def _scan(
-        self, x: jax.Array, states: tuple | None, step: Step, start: int, period: int, repeats: int, runs: int, staged: bool
+        self, x: jax.Array, states: tuple | None, step: Step, key: Any, start: int, period: int, repeats: int, runs: int, staged: bool
     ) -> tuple:
         """`runs` of `repeats` periods, the last of them perhaps not to its end."""
         stop = start + period * repeats
         cut = step.early_exit is not None and step.early_exit < start + period * runs
-        blocks = [self._make(self.block, self.config.layer_kinds[start + j], parent=None) for j in range(period)]
+        blocks = [self._make(self.config.layer_kinds[start + j]) for j in range(period)]
         params = []
         for j, block in enumerate(blocks):
-            name = f"{start + j}:{stop}:{period}"
             init = lambda key, block=block: _stacked(block, jax.random.split(key, repeats), x, step)
-            # Asking for a variable that is there skips a trace of the initialiser, which `param` would make to check shapes.
-            params.append(self.get_variable("params", name) if self.has_variable("params", name) else self.param(name, init))
+            params.append(self._params(f"{start + j}:{stop}:{period}", init))
 
         def loop(params: Any, x: jax.Array, states: Any, step: Step, key: Any, layers: jax.Array) -> tuple:
             every = params if runs == repeats else None  # a slice of the parameters would be a copy
@@ -439,8 +445,7 @@ class Layers(nn.Module):
                     ins.append(x if step.output_hidden_states else None)
                     state = None if states is None else states[j]
                     place = step.replace(layer=layer, number=start + layer * period + j)
-                    rngs = None if key is None else {"dropout": jax.random.fold_in(key, place.number)}
-                    after, state, w = block.apply({"params": mine[j]}, x, state, place, rngs=rngs)  # type: ignore[misc]
+                    after, state, w = _layer(block, mine[j], x, state, place, key)
                     x = jnp.where(place.number < step.early_exit, after, x) if cut else after
                     ws.append(w)
                     new.append(state)
@@ -451,7 +456,6 @@ class Layers(nn.Module):
             scanned: Any = jax.lax.scan(body, (x, states), (layers, every))
             return *scanned[0], scanned[1]
 
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
         if not staged:
             x, states, reports = loop(params, x, states, step, key, jnp.arange(runs))
             return x, states, *reports
@@ -468,8 +472,24 @@ class Layers(nn.Module):
         return x, None, *reports
 
 
+def _layer(block: nn.Module, params: Any, x: jax.Array, state: Any, step: Step, key: jax.Array | None) -> Any:
+    rngs = None if key is None else {"dropout": jax.random.fold_in(key, step.number)}
+    return block.apply({"params": params}, x, state, step, rngs=rngs)
+
+
+def _init(block: nn.Module, key: jax.Array, x: jax.Array, step: Step) -> Any:
+    """The block's boxed parameters."""
+    return block.init(key, x, None, step)["params"]
+
+
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a block, traced and lowered once for equal blocks and shapes. What is made here is used in one trace of the model: a trace depends on
+    more than its arguments."""
+    return jax.jit(lambda *args: function(*args), static_argnums=0)
+
+
 def _stacked(block: nn.Module, keys: jax.Array, x: jax.Array, step: Step) -> Any:
     """The block's boxed parameters for each of the keys, stacked on a new axis named `layers`."""
-    tree = jax.vmap(lambda key: block.init(key, x, None, step)["params"])(keys)
+    tree = jax.vmap(lambda key: _init(block, key, x, step))(keys)
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)) if is_box(box) else box, tree, is_leaf=is_box)

@@ -54,9 +54,10 @@ def module_types(model: Any) -> dict[str, type[nn.Module]]:
         params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
     types = {}
     for name in flatten(nn.unbox(params)):
-        module = STACK.split(name)[-1].rpartition(".")[0]  # in a scanned model a block does not know its place
-        if module in owners:
-            types[name] = owners[module]
+        path = name.split(".")[:-1]
+        ends = (".".join(path[n:]) for n in range(len(path)))  # a block does not know its place among the layers
+        if owner := next((owners[end] for end in ends if end in owners), None):
+            types[name] = owner
     return types
 
 
