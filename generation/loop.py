@@ -192,8 +192,9 @@ def generate(
     chunk = None if chunk is None or chunk >= P else chunk
     P = P if chunk is None else -(-P // chunk) * chunk
     used = 0 if cache is None else cache.slots if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
-    room = limit - (not contrastive(config)) + (0 if drafter is None else ROUNDS * drafter.columns)
-    slots = max(bucket(used + P + room), 0 if cache is None else cache.slots, config.max_cache_len or 0)
+    steps = limit - (not contrastive(config))  # after the prompt's own
+    room = 0 if drafter is None else ROUNDS * drafter.columns
+    slots = max(bucket(used + P + steps + room), 0 if cache is None else cache.slots, config.max_cache_len or 0)
     widen = lambda x, size=P - unread: (jnp if isinstance(x, jax.core.Tracer) else np).pad(x, ((0, 0), (size - x.shape[1], 0)))
     ids_wide, real_wide = widen(ids), widen(real)
     width = 0 if source is None else source[0].shape[1]
@@ -218,10 +219,10 @@ def generate(
         reencode = None
         if assistant_tokenizer is not None:
             reencode = build_reencoder(config, assistant_model, (tokenizer, assistant_tokenizer), ids, real, strategy)  # type: ignore[arg-type]
-        if streamer is None and reencode is None and (deadline is None or beams > 1):
-            state, report = decode(state, np.int32(limit))
-        else:
+        if streamer is not None or reencode is not None or (deadline is not None and beams == 1):
             state, report = _chunks(decode, state, report, limit, streamer, deadline, reencode)
+        elif steps:
+            state, report = decode(state, np.int32(limit))
         output = _output(ids, state, report, limit, pad)
     if not (config.output_hidden_states or config.output_attentions):
         return output

@@ -374,9 +374,12 @@ class Layers(nn.Module):
         done: list[Any] = []
         stop = len(kinds) if step.early_exit is None else step.early_exit
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        init, layer = _init, jax.checkpoint(_layer, policy=remat_policy(self.remat), static_argnums=0) if self.remat else _layer
-        if isinstance(x, jax.core.Tracer):
-            init, layer = _traced_once(init), _traced_once(layer)
+        # functions of this call alone: a trace depends on more than its arguments and must not find another's
+        init, layer = (lambda *args: _init(*args)), (lambda *args: _layer(*args))
+        if self.remat:
+            layer = jax.checkpoint(layer, policy=remat_policy(self.remat), static_argnums=0)
+        if isinstance(x, jax.core.Tracer):  # equal blocks are traced and lowered once
+            init, layer = jax.jit(init, static_argnums=0), jax.jit(layer, static_argnums=0)
         for start, period, repeats in plan:
             if start >= stop:
                 break
@@ -385,7 +388,7 @@ class Layers(nn.Module):
                 inputs.append(x)
                 state = None if mine is None else mine[0]
                 block = self._make(kinds[start])
-                params = self._params(str(start), lambda key, block=block, x=x: init(block, key, x, step))
+                params = self._params(str(start), partial(init, block, x, step))
                 x, state, w = layer(block, params, x, state, step.replace(number=start), key)
                 weights.append(w)
                 mine = (state,)
@@ -477,19 +480,13 @@ def _layer(block: nn.Module, params: Any, x: jax.Array, state: Any, step: Step, 
     return block.apply({"params": params}, x, state, step, rngs=rngs)
 
 
-def _init(block: nn.Module, key: jax.Array, x: jax.Array, step: Step) -> Any:
+def _init(block: nn.Module, x: jax.Array, step: Step, key: jax.Array) -> Any:
     """The block's boxed parameters."""
     return block.init(key, x, None, step)["params"]
 
 
-def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of a block, traced and lowered once for equal blocks and shapes. What is made here is used in one trace of the model: a trace depends on
-    more than its arguments."""
-    return jax.jit(lambda *args: function(*args), static_argnums=0)
-
-
 def _stacked(block: nn.Module, keys: jax.Array, x: jax.Array, step: Step) -> Any:
     """The block's boxed parameters for each of the keys, stacked on a new axis named `layers`."""
-    tree = jax.vmap(lambda key: _init(block, key, x, step))(keys)
+    tree = jax.vmap(lambda key: _init(block, x, step, key))(keys)
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     return jax.tree.map(lambda box: box.replace(names=("layers", *box.names)) if is_box(box) else box, tree, is_leaf=is_box)

@@ -10,6 +10,7 @@ import torch
 from generation_fixtures import LENGTHS, PAD, VOCAB, T, compilations, ours, prompts, torch_greedy, torch_model
 
 from jaxmodels.generation import GenerationConfig, bucket, generate
+from jaxmodels.generation.loop import _decode
 from jaxmodels.params import init_params
 from jaxmodels.sharding.rules import Rules, make_mesh
 
@@ -169,6 +170,18 @@ def test_another_call_in_the_bucket_compiles_nothing():
         assert found == []
         jax.jit(lambda x: x + 1)(1)
     assert found  # the counter counts
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
+def test_one_new_token_needs_no_loop(options, monkeypatch):
+    """Contrastive search alone, whose first token is read before it is chosen."""
+    called = []
+    monkeypatch.setattr("jaxmodels.generation.loop._decode", lambda *args: called.append(1) or _decode(*args))
+    ids, mask = prompts()
+    one = generate(*ours(), ids, mask, max_new_tokens=1, eos_token_id=NEVER, **options)
+    assert len(called) == ("penalty_alpha" in options)
+    longer = generate(*ours(), ids, mask, max_new_tokens=4, eos_token_id=NEVER, **options | {"num_beams": 1})
+    np.testing.assert_array_equal(one.sequences, longer.sequences[:, : T + 1])
 
 
 def test_buckets():

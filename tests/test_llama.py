@@ -1,5 +1,6 @@
 """Llama through the family tester, and its structural variants."""
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -7,7 +8,9 @@ from cases import Case, close
 from tester import FamilyTester, VariantTester
 
 from jaxmodels.cache import init_cache
+from jaxmodels.layers import attend
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
+from jaxmodels.params import init_params
 
 
 def tiny(**changes):
@@ -119,3 +122,19 @@ def test_a_full_cache_is_an_error():
     with pytest.raises(ValueError, match="no room for 2 new tokens: 4 of 5 slots are written"):
         cache.advance(np.zeros((1, 2), np.int32))
     assert int(cache.resize(6).advance(np.array([[4, 5]], np.int32)).index) == 6
+
+
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_equal_layers_are_traced_once_a_program(monkeypatch, remat):
+    """Unrolled; what another trace finds around it, here another function, is never taken from an earlier one."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes), remat=remat)
+    params, ids = init_params(model, jax.random.key(0)), np.arange(6)[None]
+    traced = []
+    for name in "ab":
+        noted = lambda *args, name=name, **options: traced.append(name) or attend(*args, **options)
+        monkeypatch.setattr("jaxmodels.models.llama.attend", noted)
+        once = jax.jit(lambda params: model.apply({"params": params}, ids).logits)(params)
+    assert traced == ["a", "b"]
+    np.testing.assert_allclose(once, model.apply({"params": params}, ids).logits, atol=1e-5)
+    assert len(traced) == 2 + (1 if remat else 5)  # outside of a program each layer runs by itself
