@@ -19,7 +19,7 @@ from jaxmodels.training import make_eval_step
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = Path(sysconfig.get_path("stdlib"))
 HELD_OUT = ("graphlib.py", "py_compile.py", "unittest/util.py", "_markupbase.py")  # held out by their names, and alike in every Python
-PROMPTS = ("def fibonacci(n):", "class Error(Exception):", "def sum_list(items):")  # the README's
+PROMPTS = ("def fibonacci(n):", "class Error(Exception):", "def append(self, item):")  # the README's
 NEW_TOKENS = 64
 
 

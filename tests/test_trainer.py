@@ -369,8 +369,8 @@ def test_events_arguments_and_what_is_kept(tmp_path):
 
 def test_lora_trains_and_saves_the_adapter_alone(tmp_path):
     params, config = params_of(MODEL), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    examples = data(4)
-    made = train(tmp_path, params=params, examples=examples, peft_config=config, save_strategy="steps", save_steps=4)
+    options = {"params": params, "examples": data(4), "peft_config": config, "learning_rate": 0.05}
+    made = train(tmp_path, **options, save_strategy="steps", save_steps=4)
     assert losses(made)[-1] < losses(made)[0] - 0.01
     frozen = flatten(params)
     assert all(np.array_equal(leaf, frozen[name]) for name, leaf in flatten(made.params).items() if name in frozen)
@@ -379,7 +379,7 @@ def test_lora_trains_and_saves_the_adapter_alone(tmp_path):
     loaded, again = load_adapter(tmp_path / "adapter", MODEL, params)
     close(loaded, made.params)
     assert again.r == 2
-    resumed = train(tmp_path, params=params, examples=examples, peft_config=config, resume=f"{tmp_path}/checkpoint-4")
+    resumed = train(tmp_path, **options, resume=f"{tmp_path}/checkpoint-4")
     close(resumed.params, made.params, 0)
 
 

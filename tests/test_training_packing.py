@@ -51,7 +51,7 @@ def single_rows(docs):
 
 
 def assert_packing_is_exact(model, **options):
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
     docs = documents()
     value = lambda params, batch: model.apply({"params": params}, **batch, **options).loss
     gradients = jax.jit(jax.value_and_grad(value))
@@ -98,7 +98,7 @@ def _small(name, task="AutoModelForCausalLM"):
 def test_a_document_does_not_see_its_neighbour():
     """The test's own sensitivity: without segments the loss is another."""
     model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=48))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
     batch = packed_rows(documents())
     kept = model.apply({"params": params}, **batch).loss
     batch.pop("segment_ids")
@@ -155,7 +155,7 @@ def test_a_family_with_recurrent_state_refuses():
 def test_an_encoder_sees_both_ways_within_a_document():
     """`Packed` in the place of the mask; positions and logits are those of each document alone."""
     model = _small("bert", "AutoModelForMaskedLM")
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), init_params(model, jax.random.key(0)))
     docs = documents()
     packed, alone = packed_rows(docs), single_rows(docs)
     call = jax.jit(lambda ids, mask: model.apply({"params": params}, ids, attention_mask=mask).logits)
