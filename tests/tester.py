@@ -25,6 +25,7 @@ import torch
 import transformers
 from cases import Case, Seq2SeqCase, close, compilations, stored_buffers, tensors, to_the_left
 from heads import check_head
+from presets import GENERATING, TRAINING, WAYS, OneDevice, by_name, cuttable
 from safetensors.numpy import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -120,6 +121,17 @@ class FamilyChecks(VariantChecks):
 
     def generates_alike(self, case, model, params):
         """What a model over a mesh generates, if it does."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def one_device(cls, tmp_path_factory):
+        path = tmp_path_factory.mktemp("cuttable")
+        return OneDevice(cls.case_class.make(cuttable(cls.hf_config), path, cls.greedy, cls.task, cls.others), cls.others)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("where", TRAINING, ids=by_name)
+    def test_training_under_every_preset(self, one_device, where):
+        one_device.check_training(one_device.rules(*where))
 
     def test_torch_loads_ours(self, case, tmp_path):
         """From shards, with no key missing or left over, and the very same logits."""
@@ -260,6 +272,13 @@ class FamilyTester(FamilyChecks, VariantTester):
         call = lambda *model: generate(*model, ids, mask, max_new_tokens=8, **parity.GREEDY | self.way, **key).sequences
         with parity_mode():
             np.testing.assert_array_equal(call(model, params), call(*case.loaded))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("where", GENERATING, ids=by_name)
+    def test_generation_under_every_preset(self, one_device, where):
+        """One way to generate each, in another order for every family."""
+        number = zlib.crc32(self.hf_config.model_type.encode()) + GENERATING.index(where)
+        one_device.check_generation(one_device.rules(*where), number % len(WAYS))
 
     def also(self, case, model, params):
         """Turns through the cache."""
