@@ -70,11 +70,9 @@ class OneDevice:
         self.batch = {"input_ids": self.ids, "attention_mask": self.mask, "labels": labels, **random_others(others, self.ids.shape)}
         self.new_tokens = cache(self._new_tokens)
 
-        self.axes = {axis for names in flatten(param_axes(self.model)).values() for axis in names}
-
     def rules(self, preset, mesh):
         """Skips what is for models with experts, and stages that do not divide the layers; all else is for every model."""
-        if "expert" in mesh and "experts" not in self.axes:
+        if "expert" in mesh and not any("experts" in axes for axes in flatten(param_axes(self.model)).values()):
             pytest.skip("no routed experts")
         longest = max(segments(self.model.config.layer_kinds), key=lambda segment: segment[1] * segment[2])
         if longest[2] % mesh.get("stage", 1):
@@ -95,8 +93,9 @@ class OneDevice:
         moved = jax.tree.map(lambda after, before: np.asarray(after) - np.asarray(before), state.params, self.params)
         return numbers, (moved, state.opt_state[0].mu), state
 
-    def check_training(self, rules):
-        """Whatever the rules can cut is cut. The moments are sums of gradients: a wrong one shows whatever Adam makes of it."""
+    def check_training(self, preset, mesh):
+        """Moments are sums of gradients: a wrong one shows in them, whatever Adam makes of it. Every axis of the mesh cuts its share."""
+        rules = self.rules(preset, mesh)
         batch = global_batch(rules, self.batch)
         (wanted, of_one, _), (numbers, of_many, state) = self.trained, self.train(self.model.clone(rules=rules), batch)
         np.testing.assert_allclose(numbers, wanted, rtol=1e-5)
@@ -104,13 +103,9 @@ class OneDevice:
             total = optax.tree.norm(theirs)
             for name, x in theirs.items():
                 assert np.linalg.norm(ours[name] - x) <= 1e-4 * max(np.linalg.norm(x), 1e-3 * total), name
-        optimizer = rules.of("optimizer")
-        for tree, table, axes in (
-            (batch, rules, ("batch", "seq")),
-            (state.params, rules, self.axes),
-            (state.opt_state, optimizer, self.axes),
-        ):
-            assert axes_of(tree) == {m for axis in axes for m in table.mesh_axes(axis)}
+        cut, whole = {*mesh} - {"data", "sequence"}, preset in ("replicated", "zero1", "zero2")
+        assert axes_of(batch) == {*mesh} - {"tensor"}
+        assert (axes_of(state.params), axes_of(state.opt_state)) == (set() if whole else cut, cut)
 
     def _new_tokens(self, way, rules=None):
         """The sequences [8*R,T+N] and logits [N,8*R,V] of one of WAYS."""
@@ -121,7 +116,7 @@ class OneDevice:
             out = generate(model, params, self.ids, self.mask, max_new_tokens=8, output_logits=True, **options)
         return out.sequences, out.logits
 
-    def check_generation(self, rules, way):
-        (tokens, logits), (wanted, wanted_logits) = self.new_tokens(way, rules), self.new_tokens(way)
+    def check_generation(self, preset, mesh, way):
+        (tokens, logits), (wanted, wanted_logits) = self.new_tokens(way, self.rules(preset, mesh)), self.new_tokens(way)
         np.testing.assert_array_equal(tokens, wanted)
         close(logits, wanted_logits)

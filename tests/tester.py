@@ -131,7 +131,7 @@ class FamilyChecks(VariantChecks):
     @pytest.mark.slow
     @pytest.mark.parametrize("where", TRAINING, ids=by_name)
     def test_training_under_every_preset(self, one_device, where):
-        one_device.check_training(one_device.rules(*where))
+        one_device.check_training(*where)
 
     def test_torch_loads_ours(self, case, tmp_path):
         """From shards, with no key missing or left over, and the very same logits."""
@@ -278,7 +278,7 @@ class FamilyTester(FamilyChecks, VariantTester):
     def test_generation_under_every_preset(self, one_device, where):
         """One way to generate each, in another order for every family."""
         number = zlib.crc32(self.hf_config.model_type.encode()) + GENERATING.index(where)
-        one_device.check_generation(one_device.rules(*where), number % len(WAYS))
+        one_device.check_generation(*where, number % len(WAYS))
 
     def also(self, case, model, params):
         """Turns through the cache."""
