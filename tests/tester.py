@@ -25,7 +25,7 @@ import torch
 import transformers
 from cases import Case, Seq2SeqCase, close, compilations, stored_buffers, tensors, to_the_left
 from heads import check_head
-from presets import GENERATING, TRAINING, WAYS, OneDevice, by_name, cuttable
+from presets import PRESET_MESHES, WAYS, OneDevice, cuttable
 from safetensors.numpy import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -129,9 +129,9 @@ class FamilyChecks(VariantChecks):
         return OneDevice(cls.case_class.make(cuttable(cls.hf_config), path, cls.greedy, cls.task, cls.others), cls.others)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("where", TRAINING, ids=by_name)
-    def test_training_under_every_preset(self, one_device, where):
-        one_device.check_training(*where)
+    @pytest.mark.parametrize("name", PRESET_MESHES)
+    def test_training_under_presets(self, one_device, name):
+        one_device.check_training(name)
 
     def test_torch_loads_ours(self, case, tmp_path):
         """From shards, with no key missing or left over, and the very same logits."""
@@ -274,11 +274,10 @@ class FamilyTester(FamilyChecks, VariantTester):
             np.testing.assert_array_equal(call(model, params), call(*case.loaded))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("where", GENERATING, ids=by_name)
-    def test_generation_under_every_preset(self, one_device, where):
-        """One way to generate each, in another order for every family."""
-        number = zlib.crc32(self.hf_config.model_type.encode()) + GENERATING.index(where)
-        one_device.check_generation(*where, number % len(WAYS))
+    @pytest.mark.parametrize("way", WAYS)
+    def test_generation_under_presets(self, one_device, way):
+        """Each way under another preset, and for another family under others."""
+        one_device.check_generation(way, zlib.crc32(self.hf_config.model_type.encode()))
 
     def also(self, case, model, params):
         """Turns through the cache."""
