@@ -26,6 +26,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch beside XLA's threads and 
 QUICK = re.compile("test_(config|generation_config|llama|sharding|(convert|family|ops|processing)_.*)")
 
 
+def pytest_configure(config):
+    """Not in pyproject.toml, as a family of one's own is tested from elsewhere."""
+    config.addinivalue_line("markers", "quick: one family and what all of them stand on, in under three minutes")
+    config.addinivalue_line("markers", "slow: training at length, every family under every preset; run by .ci/run, not by default")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if QUICK.fullmatch(item.path.stem):
