@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxmodels.cli import checkpoint, main
+from jaxmodels.cli import checkpoint, main  # noqa: F401  # for the children
 from jaxmodels.convert.files import PART, read_checkpoint, write_checkpoint
 from jaxmodels.convert.orbax import is_orbax, restore_orbax
 from jaxmodels.convert.sharded import consolidate

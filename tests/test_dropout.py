@@ -209,5 +209,5 @@ def test_a_rate_of_one(model_type, name, tmp_path):
 
 
 def test_rates_that_are_none():
-    with pytest.raises(ValueError, match="dropout of 1.5: expected a share from 0 to 1"):
+    with pytest.raises(ValueError, match=r"dropout of 1\.5: expected a share from 0 to 1"):
         dropout(KEY, jnp.ones(3), 1.5)

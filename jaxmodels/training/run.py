@@ -144,8 +144,9 @@ class Run:
         if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
             state.best_model_checkpoint = None
         self.checkpoints.best = state.best_model_checkpoint
+        known = {"updates": state.global_step, **saved}  # which earlier versions did not count
         for name in KEPT:
-            setattr(self, name, saved[name])
+            setattr(self, name, known[name])
         self.source.set_position(saved["data"])
         self.key = jax.random.wrap_key_data(jnp.asarray(saved["key"], jnp.uint32))
         self.trainer.callback_handler.restore(state.stateful_callbacks)
