@@ -203,7 +203,8 @@ def run(task, trials, rng):
     """Kills at random, of every two the second once something is written; how many found the old, how many the new, how many left
     something behind, which the next save removes."""
     finished(*forked(task.start))
-    until, after = map(max, zip(*(times(task, 1 + i % 2) for i in range(4))))
+    taken = [times(task, 1 + i % 2) for i in range(4)]
+    longest, shortest = max(map(sum, taken)), min(after for _, after in taken)
     counts = {"old": 0, "new": 0, "inside": 0}
     for trial in range(trials):
         task.prepare(trial)
@@ -212,7 +213,7 @@ def run(task, trials, rng):
         child, source = forked(task.save, new := task.next(old))
         if trial % 2:
             writing(task, child, left)
-        time.sleep(rng.random() * (after if trial % 2 else 1.1 * (until + after)))
+        time.sleep(rng.random() * (shortest if trial % 2 else longest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(source)
