@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from jaxmodels.convert.sharded import consolidate
 from jaxmodels.convert.tensors import as_tensor
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.params import abstract_params, flatten
+from jaxmodels.training.checkpoints import NAME, Checkpoints, checkpoints_in, restore
 
 tqdm.set_lock(threading.RLock())  # its own is shared with forked children: one killed while it holds it would hang the rest
 tqdm.monitor_interval = 0
@@ -119,6 +121,9 @@ class Converted:
     def next(self, held):
         return 1 if held == 2 else 2
 
+    def leftovers(self):
+        return {name for name in os.listdir(self.target.parent) if name != self.target.name}
+
 
 class Written(Converted):
     """`write_checkpoint` over what there is, in files of any number; another file there stays."""
@@ -169,31 +174,65 @@ class Consolidated(Converted):
         return 1
 
 
+class Trained(Converted):
+    """A run's checkpoints, written in the background: of two that stay, the first is the best; each holds its step. One that is too many
+    goes once the newest is there."""
+
+    about = {"model": "m", "config": {}, "optimizer": "o"}  # noqa: RUF012
+
+    def state(self, value):
+        return jax.device_put({name: np.full((256, 256), value, np.float32) for name in "abcd"})
+
+    def start(self):
+        self.save(1)
+
+    def save(self, value):
+        checkpoints = Checkpoints(self.target, limit=2)
+        checkpoints.best = str(checkpoints.path(1))
+        checkpoints.save(value, self.state(value), self.about, {"step": value})
+        checkpoints.close()
+
+    def held(self):
+        found = checkpoints_in(self.target)
+        assert 1 in found and len(found) <= 3, list(found)
+        for step, path in found.items():
+            state, run = restore(path, self.state(0), self.about)
+            assert run == {"step": step} and all((np.asarray(leaf) == step).all() for leaf in state.values()), path
+        return max(found)
+
+    def prepare(self, trial):
+        pass
+
+    def next(self, held):
+        return held + 1
+
+    def leftovers(self):
+        return {name for name in os.listdir(self.target) if not NAME.fullmatch(name)}
+
+
 TASKS = {
     "write": Written,
     "convert": Converted,
     "stack": lambda place: Converted(place, "--format", "orbax", "--scan"),
     "unstack": lambda place: Converted(place, back=True),
     "consolidate": Consolidated,
+    "train": Trained,
 }
-
-
-def leftovers(task):
-    return {name for name in os.listdir(task.target.parent) if name != task.target.name}
 
 
 def writing(task, child, before):
     """Waits until the child has begun to write, or is done."""
-    while not leftovers(task) - before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while not task.leftovers() - before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.0005)
 
 
-def times(task, value):
+def times(task):
     """Seconds until a save writes, and from then on."""
     task.prepare(0)
+    value = task.next(finished(*forked(task.held)))
     begun = time.perf_counter()
     child, source = forked(task.save, value)
-    writing(task, child, leftovers(task))
+    writing(task, child, task.leftovers())
     writes = time.perf_counter()
     finished(child, source)
     return writes - begun, time.perf_counter() - writes
@@ -203,13 +242,13 @@ def run(task, trials, rng):
     """Kills at random, of every two the second once something is written; how many found the old, how many the new, how many left
     something behind, which the next save removes."""
     finished(*forked(task.start))
-    taken = [times(task, 1 + i % 2) for i in range(4)]
+    taken = [times(task) for _ in range(4)]
     longest, shortest = max(map(sum, taken)), min(after for _, after in taken)
     counts = {"old": 0, "new": 0, "inside": 0}
     for trial in range(trials):
         task.prepare(trial)
         old = finished(*forked(task.held))
-        left = leftovers(task)
+        left = task.leftovers()
         child, source = forked(task.save, new := task.next(old))
         if trial % 2:
             writing(task, child, left)
@@ -220,11 +259,11 @@ def run(task, trials, rng):
         held = finished(*forked(task.held))
         assert held in (old, new), (held, old, new)
         counts["old" if held == old else "new"] += 1
-        counts["inside"] += bool(leftovers(task) - left)
+        counts["inside"] += bool(task.leftovers() - left)
     task.prepare(0)
     finished(*forked(task.save, new := task.next(finished(*forked(task.held)))))
     assert finished(*forked(task.held)) == new
-    assert not leftovers(task), leftovers(task)
+    assert not task.leftovers(), task.leftovers()
     return counts
 
 

@@ -297,10 +297,11 @@ def test_a_kill_between_the_two_renames_of_the_fallback_is_undone_by_the_next_sa
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("task", ["write", "consolidate", slow("convert"), slow("stack"), slow("unstack")])
+@pytest.mark.parametrize("task", ["write", "consolidate", slow("convert"), slow("stack"), slow("unstack"), slow("train")])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(task, tmp_path):
     """Also of `jaxmodels convert`: to safetensors in another dtype and shard size, to an Orbax checkpoint with stacked layers, and back;
-    of parts that become files. Over an old one and where there is none; what is left behind goes with the next save."""
+    of parts that become files; of a run's checkpoints, the oldest of which goes. Over an old one and where there is none; what is left
+    behind goes with the next save."""
     command = [sys.executable, kill_worker.__file__, task, tmp_path, "24"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(atomic.__file__).parents[1], timeout=300)
     assert run.returncode == 0, run.stderr

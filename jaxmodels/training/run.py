@@ -141,8 +141,10 @@ class Run:
         for name, value in saved["trainer_state"].items():
             if name not in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "is_world_process_zero"):
                 setattr(state, name, value)
-        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-            state.best_model_checkpoint = None
+        if state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint)
+            known = (self.checkpoints.directory / best.name, best)  # the whole directory may have been moved or copied
+            state.best_model_checkpoint = next((str(path) for path in known if path.is_dir()), None)
         self.checkpoints.best = state.best_model_checkpoint
         known = {"updates": state.global_step, **saved}  # which earlier versions did not count
         for name in KEPT:
