@@ -68,6 +68,8 @@ def test_the_best_stays_also_where_the_directory_is_moved(tmp_path):
     best = made.state.best_global_step
     assert best < 3 and list(checkpoints_in(tmp_path / "before")) == [best, 4]
     (tmp_path / "before").rename(tmp_path / "now")
+    done = train(tmp_path / "now", resume=True, **options | {"max_steps": 4})  # nothing is left to do
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(made.params), jax.tree.leaves(done.params)))
     again = train(tmp_path / "now", resume=True, **options | {"max_steps": 6})
     assert again.state.best_global_step == best and list(checkpoints_in(tmp_path / "now")) == [best, 6]
     assert again.state.best_model_checkpoint == str(tmp_path / "now" / f"checkpoint-{best}")
