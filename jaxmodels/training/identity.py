@@ -35,13 +35,11 @@ def described(function: Callable[..., Any]) -> str:
     tokenizers that it finds around it or in its object. What its body does is not seen."""
     if isinstance(function, partial):
         bound = {str(i): value for i, value in enumerate(function.args)} | function.keywords
-        inner, name = function.func, described(function.func)
-    elif dataclasses.is_dataclass(function):
-        bound = {field.name: getattr(function, field.name) for field in dataclasses.fields(function)}
-        inner, name = function, type(function).__qualname__
+        inner, name = None, described(function.func)  # which looks around itself
     else:
-        bound, inner = {}, function
-        name = getattr(function, "__qualname__", type(function).__qualname__)
+        fields = dataclasses.fields(function) if dataclasses.is_dataclass(function) and not isinstance(function, type) else ()
+        bound = {field.name: getattr(function, field.name) for field in fields}
+        inner, name = function, getattr(function, "__qualname__", type(function).__qualname__)
     bound |= {key: value for key, value in _around(inner).items() if key not in bound and _is_tokenizer(value)}
     return ", ".join([name, *(f"{key} {_value(bound[key])}" for key in sorted(bound))])
 

@@ -143,8 +143,8 @@ class Run:
                 setattr(state, name, value)
         if state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
-            known = (self.checkpoints.directory / best.name, best)  # the whole directory may have been moved or copied
-            state.best_model_checkpoint = next((str(path) for path in known if path.is_dir()), None)
+            places = (self.checkpoints.directory / best.name, best)  # the whole directory may have been moved or copied
+            state.best_model_checkpoint = next((str(path) for path in places if path.is_dir()), None)
         self.checkpoints.best = state.best_model_checkpoint
         known = {"updates": state.global_step, **saved}  # which earlier versions did not count
         for name in KEPT:
