@@ -80,8 +80,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"LoRA's rank r is {self.r!r}; expected an integer above 0")
-        if not 0 <= self.lora_dropout <= 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected a share from 0 to 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected at least 0 and below 1")
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names, [{self.modules_to_save}]")
         values = {**self.extra, "bias": self.bias}
