@@ -37,7 +37,9 @@ def described(function: Callable[..., Any]) -> str:
         bound = {str(i): value for i, value in enumerate(function.args)} | function.keywords
         inner, name = None, described(function.func)  # which looks around itself
     else:
-        fields = dataclasses.fields(function) if dataclasses.is_dataclass(function) and not isinstance(function, type) else ()
+        fields: tuple[Any, ...] = (
+            dataclasses.fields(function) if dataclasses.is_dataclass(function) and not isinstance(function, type) else ()
+        )
         bound = {field.name: getattr(function, field.name) for field in fields}
         inner, name = function, getattr(function, "__qualname__", type(function).__qualname__)
     bound |= {key: value for key, value in _around(inner).items() if key not in bound and _is_tokenizer(value)}
