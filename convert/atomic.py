@@ -1,6 +1,7 @@
-"""A directory that is replaced in one step, or not at all.
+"""A directory, or a file, that is replaced in one step, or not at all.
 
     with replacing(directory) as temporary: ...          what was written to `temporary` becomes `directory`
+    replace_text(path, text)
 
 A kill at any moment leaves the old one or the new one, and a directory beside it that the next call removes."""
 
@@ -12,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import local_directory
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -47,9 +50,44 @@ def replacing(directory: str | os.PathLike[str], *, drop: Callable[[str], bool] 
         _sync_path(temporary)
         _swap(temporary, target)
         _sync_path(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)  # what was there before
+    except BaseException as error:
+        remove(temporary)
+        if isinstance(error, OSError):
+            _name(error, target)
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the swap: what was there before
         os.close(lock)
+
+
+def remove(directory: Path) -> None:
+    """Remove it, and again what threads still put there that nobody waits for: after an error Orbax has some."""
+    quiet = 0
+    for _ in range(200):
+        quiet = 0 if directory.exists() else quiet + 1
+        if quiet > 5:
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.01)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8, line ends as they are; on an error the old one has not changed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        part.replace(path)
+    except OSError as error:
+        _name(error, path)
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _name(error: OSError, path: Path) -> None:
+    """A full disk does not say what was being written."""
+    if error.errno in FULL and error.filename is None:
+        error.filename = str(path)
 
 
 def _carry(old: Path, new: Path) -> None:

@@ -8,9 +8,14 @@ Like safetensors directories these are replaced as a whole or not at all. Arrays
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +45,43 @@ def save_orbax(
         raise CheckpointError(f"{directory}: expected jax or numpy arrays, found {strange[:10]}")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     together = spread(dict(params))
-    with replacing_together(directory, together=together) as temporary:
+
+    def save(path: Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "params", unflatten_dict(dict(params), sep="."))
+            checkpointer.save(path, unflatten_dict(dict(params), sep="."))
+
+    with unlogged(), replacing_together(directory, together=together) as temporary:
+        why = why_not(lambda: save(temporary / "params"))
+        if why is not None:
+            raise CheckpointError(f"{directory} could not be written, and is as it was: {why}")
         if not together or jax.process_index() == 0:
             write_files(temporary, {**files, "config.json": text})
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without what Orbax has to say of an error beside raising it: its threads' traces, and writes that end after their loop or never."""
+    log = logging.getLogger("absl")
+    before = log.level, sys.unraisablehook
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda it: None if re.search(r"loop is closed|never awaited", str(it.exc_value)) else before[1](it)
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        sys.unraisablehook = before[1]
+
+
+def why_not(write: Callable[[], Any]) -> str | None:
+    """Call `write`, of Orbax; None, or what kept it from writing, of which its error has the system's number in pages of text."""
+    try:
+        write()
+        return None
+    except Exception as error:  # Orbax and tensorstore raise what they please
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        plain = getattr(error, "strerror", None) or str(error).split("[", 1)[0].strip().rstrip(".") or type(error).__name__
+    gc.collect()  # what Orbax had begun to write would complain when the process ends
+    return os.strerror(int(code[1])) if code else plain
 
 
 def orbax_specs(directory: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:

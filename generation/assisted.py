@@ -115,7 +115,8 @@ class Drafter(Protocol):
 
 @struct.dataclass
 class Assisted:
-    """Greedy decoding where `key` is None, else sampling, of at most `limit` new tokens, with drafts by `drafter`.
+    """Greedy decoding where `key` is None, else sampling, of at most `limit` new tokens, with drafts by `drafter`. `positions`: how many
+    the model has learned, None for any number.
 
     Greedy tokens are those of Sampling, and so are sampled ones where drafts come without logits: they are right where they are what is
     drawn anyway. Drafts with logits q are accepted with probability min(1, p / q), else a token is drawn from max(p - q, 0): tokens are
@@ -128,6 +129,7 @@ class Assisted:
     limit: Any
     weight: Any
     drafter: Any
+    positions: Any = None
     kind: str = kind("Assisted")
     hidden_states: ClassVar[bool] = False
     copies: ClassVar[int] = 1
@@ -204,6 +206,12 @@ class Assisted:
         left = jnp.maximum(p - jnp.where(proposed[:, None], q, 0), 0)
         left = jnp.where((left > 0).any(1, keepdims=True), left, p)  # p is q: nothing is ever left over, rounding aside
         return jnp.where(accepted, draft, self.draw(jnp.log(left), new)), accepted
+
+    def room(self, state: State) -> jax.Array:
+        """For how many drafts rows have room [B]: one token more is chosen, and nothing is read behind the last learned position, since
+        what is read there is nan and stays so in its slot when it is taken back."""
+        left = self.limit - state.sequences.new - 1
+        return left if self.positions is None or state.cache is None else jnp.minimum(left, self.positions - state.cache.lengths - 1)
 
     def draw(self, logits: jax.Array, new: jax.Array, salt: int | None = None) -> jax.Array:
         """A token of each row [B,V], token number new [B]."""

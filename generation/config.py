@@ -19,6 +19,7 @@ from flax.core import FrozenDict
 
 from jaxmodels.caches import NAMES as CACHES
 from jaxmodels.config import read_json
+from jaxmodels.convert.atomic import replace_text
 from jaxmodels.convert.hub import local_directory
 from jaxmodels.generation.watermark import as_watermarking_config
 
@@ -246,11 +247,8 @@ class GenerationConfig:
         folder = local_directory(save_directory)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / config_file_name
-        whole = path.with_name(f".{path.name}.{os.getpid()}")
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
-        return path
+        replace_text(folder / config_file_name, text)
+        return folder / config_file_name
 
     def replace(self, **changes: Any) -> Self:
         """With other values; ValueError, as in HF, names an unknown option and the closest known one."""

@@ -69,7 +69,7 @@ class PromptLookup:
         earlier = jnp.broadcast_to(jnp.arange(W) < W - 1, ids.shape)
         _, sizes = lax.fori_loop(0, jnp.minimum(self.ngram, W), narrow, (earlier, jnp.zeros(ids.shape, jnp.int32)))
         at = sizes.argmax(1) + 1  # the first of the longest
-        left = jnp.minimum(W - at, assisted.limit - s.new - 1)
+        left = jnp.minimum(W - at, assisted.room(state))
         counts = jnp.where(live & (sizes.max(1) > 0), jnp.clip(left, 0, self.num), 0)
         tokens = jnp.take_along_axis(s.tokens, jnp.minimum(at[:, None] + jnp.arange(K), W - 1), 1)
         return Drafts(tokens, counts), state
@@ -121,7 +121,10 @@ class DraftModel:
         s, T = state.sequences, self.columns
         before = state.cache if self.shared else state.extra.memory.cache
         again = self.shared or before.recurrent  # the drafts are read again: the last one need not be
-        B, budget = len(live), jnp.where(live, jnp.clip(jnp.minimum(state.extra.num, assisted.limit - s.new - 1), 0, T - 1), 0)
+        room = jnp.minimum(state.extra.num, assisted.room(state))
+        if self.model.config.learned_positions is not None:
+            room = jnp.minimum(room, self.model.config.learned_positions - before.lengths - 1)
+        B, budget = len(live), jnp.where(live, jnp.clip(room, 0, T - 1), 0)
 
         def body(carry: Any) -> Any:
             i, going, budget, counts, sequences, tokens, logits, cache = carry

@@ -88,7 +88,7 @@ def new_tokens(config: GenerationConfig, T: int, model_config: Any) -> int:
     return wanted
 
 
-def within_positions(limit: int, real: Any, cache: Cache | None, model_config: Any) -> int:
+def within_positions(config: Any, limit: int, real: Any, cache: Cache | None, model_config: Any) -> int:
     """`limit`, or as many tokens as a model with learned positions has left after the longest row; ValueError where that row, prompt
     real [B,T] and cache, has more than all of them. Traced rows cannot be looked at."""
     size = model_config.learned_positions
@@ -100,7 +100,7 @@ def within_positions(limit: int, real: Any, cache: Cache | None, model_config: A
     longest = int(read.max())
     if longest > size:
         raise ValueError(f"a row has {longest} tokens, and {model_config.model_type} has learned {size} positions: shorten the prompt")
-    left = size - longest + 1  # the last token is not read
+    left = size - longest + (not contrastive(config))  # which alone reads the last token
     if left < limit:
         warnings.warn(f"{limit} tokens after {longest} exceed the {size} learned positions: generating {left} at most", stacklevel=3)
     return min(limit, left)

@@ -162,7 +162,7 @@ def generate(
         ids, real = read_prompt(input_ids, attention_mask, config, model.config.vocab_size, cache)
         traced = any(isinstance(x, jax.core.Tracer) for x in (ids, *(source or ())))
         T = ids.shape[1]
-        limit = within_positions(new_tokens(config, T, model.config), real, cache, model.config)
+        limit = within_positions(config, new_tokens(config, T, model.config), real, cache, model.config)
         if together:
             drawn = digest(to_host(jax.random.key_data(key))) if config.do_sample else None  # type: ignore[arg-type]  # checked
             prompts = {"input_ids and attention_mask (hash)": digest(ids, real), "of the encoder (hash)": digest(*(source or ()))}

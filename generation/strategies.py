@@ -34,7 +34,7 @@ def build_strategy(
     pad, key = np.int32(pad_token_id), key if config.do_sample else None
     if drafter is not None:
         weight = None if config.assistant_ensemble_weight is None else to_float(config.assistant_ensemble_weight)
-        return Assisted(processors, eos_token_id, pad, key, np.int32(limit), weight, drafter)
+        return Assisted(processors, eos_token_id, pad, key, np.int32(limit), weight, drafter, model_config.learned_positions)
     if config.num_beams > 1:
         constraints = all_constraints(config.constraints, config.force_words_ids)
         beams = {

@@ -43,8 +43,8 @@ class Given:
         return progress(self.num, B, given=Drafts(jnp.zeros((B, K), jnp.int32), jnp.zeros(B, jnp.int32), logits))
 
     def propose(self, assisted: Assisted, state: State, live: jax.Array) -> tuple[Drafts, State]:
-        given, left = state.extra.given, assisted.limit - state.sequences.new - 1
-        return dataclasses.replace(given, counts=jnp.where(live, jnp.clip(given.counts, 0, left), 0)), state
+        given, room = state.extra.given, jnp.maximum(assisted.room(state), 0)
+        return dataclasses.replace(given, counts=jnp.where(live, jnp.clip(given.counts, 0, room), 0)), state
 
     def settle(self, extra: Progress, tokens: jax.Array, kept: jax.Array, drafts: Drafts) -> Progress:
         num = scheduled(extra.num, kept, drafts, self.columns - 1) if self.heuristic else extra.num

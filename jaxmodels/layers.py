@@ -17,6 +17,7 @@ from jaxmodels.cache import Cache, segments
 from jaxmodels.cache_sink import SinkKV, attend_to_sinks
 from jaxmodels.ops.activation import activation
 from jaxmodels.ops.attention import attention
+from jaxmodels.ops.dropout import dropout as drop
 from jaxmodels.ops.linear import linear
 from jaxmodels.ops.lora import adapted_embedding, adapted_linear
 from jaxmodels.ops.norm import layer_norm, rms_norm
@@ -47,8 +48,7 @@ def dropout(module: nn.Module, x: jax.Array, rate: Any) -> jax.Array:
     """x with a share `rate` of its numbers set to 0 and the rest made larger by it, where the call has a key: rngs={"dropout": key}."""
     if not module.has_rng("dropout") or (isinstance(rate, int | float | None) and not rate):
         return x
-    kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+    return drop(module.make_rng("dropout"), x, rate)
 
 
 def drop_layer(module: nn.Module, x: jax.Array, after: jax.Array, rate: float) -> jax.Array:

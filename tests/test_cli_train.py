@@ -102,6 +102,10 @@ def test_pretraining_goes_on_where_it_stopped(files, tmp_path, capsys):
     assert main(["train", str(whole), "--training.output_dir", str(tmp_path / "two"), "--max_steps", "5"]) == 0
     assert main(["train", str(whole), f"training.output_dir={tmp_path / 'two'}", f"data.train.0.path={files}/packed/more.txt"]) == 1
     assert "was taken in another stream: data: saved 'texts.jsonl, " in (err := capsys.readouterr().err) and err.count("\n") == 1
+    changed = train_bpe(TEXTS[::-3], 300, special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"])
+    changed.save_pretrained(tmp_path / "changed")
+    assert main(["train", str(whole), f"training.output_dir={tmp_path / 'two'}", f"model.tokenizer={tmp_path / 'changed'}"]) == 1
+    assert "in another stream: examples: saved \"text_example, field 'text', " in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert main(["train", str(whole), f"training.output_dir={tmp_path / 'two'}"]) == 0
     assert losses(tmp_path / "two") == losses(tmp_path / "whole")
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.5

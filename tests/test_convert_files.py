@@ -5,9 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
+from functools import partial
 from pathlib import Path
 
+import kill_worker
 import ml_dtypes
 import numpy as np
 import pytest
@@ -293,64 +294,17 @@ def test_a_kill_between_the_two_renames_of_the_fallback_is_undone_by_the_next_sa
     assert sorted(os.listdir(sharded.parent)) == ["m", "n"]
 
 
-KILLED = """
-import os, random, signal, sys, threading, time
-import numpy as np
-from tqdm import tqdm
-from jaxmodels.convert.files import read_checkpoint, write_checkpoint
-from jaxmodels.convert.tensors import as_tensor
-
-tqdm.set_lock(threading.RLock())  # its own is shared with forked children: one killed while it holds it would hang the rest
-tqdm.monitor_interval = 0
-target, rng = sys.argv[1], random.Random(int(sys.argv[2]))
-
-def save(value):
-    tensors = {f"layers.{i}.w": as_tensor(np.full((256, 256), value, np.float32)) for i in range(8)}
-    write_checkpoint(target, tensors, max_shard_size=rng.choice([400_000, 10**9]), files={"config.json": str(value)})
-
-def held():
-    read = read_checkpoint(target)
-    assert len(read) == 8
-    values = {float(x) for tensor in read.values() for x in np.unique(tensor.read())}
-    with open(os.path.join(target, "config.json")) as file:
-        values.add(float(file.read()))
-    assert len(values) == 1, values
-    assert sorted(n for n in os.listdir(target) if not n.startswith("model")) == ["config.json", "tokenizer.json"]
-    return values.pop()
-
-save(0)
-with open(os.path.join(target, "tokenizer.json"), "w") as file:
-    file.write("tok")
-def timed():
-    begun = time.perf_counter()
-    save(1)
-    return time.perf_counter() - begun
-took = min(timed() for _ in range(4))
-seen = []
-for trial in range(40):
-    before = held()
-    child = os.fork()
-    if child == 0:
-        save(2 + trial)
-        os._exit(0)
-    time.sleep(rng.random() * 1.2 * took)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    after = held()
-    assert after in (before, 2 + trial), (before, after)
-    seen.append(after == before)
-save(100)
-assert held() == 100
-assert os.listdir(os.path.dirname(target)) == [os.path.basename(target)], os.listdir(os.path.dirname(target))
-print("old", sum(seen), "new", len(seen) - sum(seen))
-"""
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
-    (tmp_path / "d").mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "d/m"), "0"]
+@pytest.mark.parametrize("task", ["write", "consolidate", slow("convert"), slow("stack"), slow("unstack"), slow("train")])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(task, tmp_path):
+    """Also of `jaxmodels convert`: to safetensors in another dtype and shard size, to an Orbax checkpoint with stacked layers, and back;
+    of parts that become files; of a run's checkpoints, the oldest of which goes. Over an old one and where there is none; what is left
+    behind goes with the next save."""
+    command = [sys.executable, kill_worker.__file__, task, tmp_path, "24"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(atomic.__file__).parents[1], timeout=300)
     assert run.returncode == 0, run.stderr
-    old, new = map(int, run.stdout.split()[1::2])
-    assert old >= 5  # kills did land in the middle of saves
-    assert old + new == 40
+    counts = json.loads(run.stdout.splitlines()[-1])
+    assert counts["inside"] >= 4  # kills did land in the middle of saves
+    assert counts["old"] + counts["new"] == 24

@@ -17,7 +17,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from test_family_keys import SMALL, TINY
 
 from jaxmodels import auto
+from jaxmodels.convert.files import read_checkpoint
 from jaxmodels.ops.attention import attention
+from jaxmodels.ops.dropout import dropout
 from jaxmodels.params import abstract_params
 
 CHANGES = {  # where TINY and SMALL do not make it so
@@ -168,3 +170,44 @@ def test_attention_by_name():
         np.testing.assert_array_equal(call(implementation=name)[0], call(implementation="eager")[0])
     with pytest.raises(ValueError, match="'splash' has no dropout, which the model needs; possible are eager, xla"):
         call(implementation="splash")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt2", "embd_pdrop"),
+        ("gpt2", "attn_pdrop"),
+        ("gpt2", "resid_pdrop"),
+        ("opt", "layerdrop"),
+        ("bert", "attention_probs_dropout_prob"),
+    ],
+)
+def test_a_rate_of_one(model_type, name, tmp_path):
+    """Nothing is left of what is dropped, and its gradient is 0: torch's numbers, as nothing is drawn."""
+    config = configured(model_type, itertools.repeat(0.0))
+    setattr(config, name, 1.0)
+    auto_name = "AutoModelForMaskedLM" if model_type == "bert" else "AutoModelForCausalLM"
+    hf = sensitive(getattr(transformers, auto_name).from_config(config, attn_implementation="eager")).train()
+    hf.save_pretrained(tmp_path)
+    model, params = getattr(auto, auto_name).from_pretrained(tmp_path, dtype=jnp.float32)
+    ids, weigh = np.random.default_rng(0).integers(3, 37, (2, 6)), np.random.default_rng(1).standard_normal((2, 6, hf.config.vocab_size))
+    theirs = hf(torch.tensor(ids)).logits
+    (theirs * torch.tensor(weigh)).sum().backward()
+
+    def weighed(params):
+        logits = model.apply({"params": params}, ids, rngs={"dropout": KEY}).logits
+        return (logits * weigh).sum(), logits
+
+    (_, ours), gradients = jax.value_and_grad(weighed, has_aux=True)(params)
+    close(ours, theirs.detach())
+    wanted = {key: np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy() for key, leaf in hf.named_parameters()}
+    auto.save_pretrained(tmp_path / "gradients", model, gradients)
+    found = {key: tensor.read() for key, tensor in read_checkpoint(tmp_path / "gradients").items()}
+    assert any(not leaf.any() for leaf in wanted.values())
+    for key, leaf in found.items():
+        assert np.linalg.norm(leaf - wanted[key]) <= 1e-4 * max(np.linalg.norm(wanted[key]), 1e-3), key
+
+
+def test_rates_that_are_none():
+    with pytest.raises(ValueError, match=r"dropout of 1\.5: expected a share from 0 to 1"):
+        dropout(KEY, jnp.ones(3), 1.5)

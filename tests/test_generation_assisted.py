@@ -256,7 +256,7 @@ def test_prompt_lookup_finds_what_transformers_finds(ids, num, ngram):
 def lookup(tokens, real, num, ngram):
     sequences = Ragged.begin(Sequences.of(tokens, real))
     state = State(sequences, None, jnp.zeros(len(tokens), bool), None, None)
-    limit = type("Limit", (), {"limit": 1000})
+    limit = type("Limit", (), {"room": lambda state: 1000})
     return PromptLookup(num, ngram, columns=8).propose(limit, state, ~state.finished)[0]
 
 

@@ -1,3 +1,6 @@
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from tester import FamilyTester, VariantTester
 from jaxmodels.auto import from_pretrained, save_pretrained
 from jaxmodels.generation import generate
 from jaxmodels.models.gpt2 import GPT2Config, GPT2DoubleHeadsModel
-from jaxmodels.params import abstract_params
+from jaxmodels.params import abstract_params, flatten, unflatten
 
 SHAPE = {"vocab_size": 263, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 512, "bos_token_id": None, "eos_token_id": None}
 
@@ -80,3 +83,58 @@ def test_beyond_the_learned_positions(tmp_path):
     ):
         with pytest.raises(ValueError, match="has learned 16 positions"):
             call()
+
+
+ENDS = {  # shapes with 16 learned positions
+    "gpt2": transformers.GPT2Config(**SHAPE | {"n_positions": 16, "pad_token_id": 0}),
+    "opt": transformers.OPTConfig(
+        vocab_size=263, hidden_size=48, ffn_dim=48, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=16,
+        word_embed_proj_dim=48, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("opt", marks=pytest.mark.slow)])
+def test_drafts_at_the_end_of_the_learned_positions(name, tmp_path):
+    """Seven drafts where three positions are left: what is read behind the last one is nan, and must not reach what is before it; inside
+    jit, where nobody can look how long a row is, too. A draft model may have learned fewer positions."""
+    torch.manual_seed(0)
+    hf = sensitive(transformers.AutoModelForCausalLM.from_config(ENDS[name]))
+    hf.save_pretrained(tmp_path)
+    model, params = from_pretrained(tmp_path, dtype=jnp.float32)
+    table = "model.decoder.embed_positions.weight" if name == "opt" else "transformer.wpe.weight"
+    fewer = model.clone(config=model.config.replace(max_position_embeddings=14))
+    short = unflatten({key: leaf[:-2] if key == table else leaf for key, leaf in flatten(params).items()})
+    ids = np.random.default_rng(0).integers(1, 263, (2, 12), dtype=np.int32)
+    ids[0, 8:] = ids[0, 4:8]
+    mask = np.ones((2, 12), np.int32)
+    mask[1, :7] = 0
+    theirs = [
+        hf.generate(torch.tensor(row[keep > 0])[None].long(), max_new_tokens=5, do_sample=False)[0, -5:] for row, keep in zip(ids, mask)
+    ]
+    seven = {"num_assistant_tokens": 7, "assistant_confidence_threshold": 0.0}
+    call = partial(generate, model, params, max_new_tokens=9)
+    with pytest.warns(UserWarning, match="generating 5 at most"):
+        result = call(ids, mask, assistant_model=(model, params), **seven)
+    np.testing.assert_array_equal(result.sequences[:, 12:], theirs)
+    assert result.assistance.accepted.tolist() == [3, 3]
+    ways = {
+        "lookup": {"prompt_lookup_num_tokens": 7, "max_matching_ngram_size": 1},
+        "short draft": {"assistant_model": (fewer, short), **seven},
+        "exit": {"assistant_early_exit": 1, **seven},
+    }
+    for way, options in ways.items():
+        traced = jax.jit(partial(call, **options))(ids, mask)
+        np.testing.assert_array_equal(traced.sequences[:, 12:17], theirs, way)  # what comes behind the longest row's end is undefined
+        assert traced.assistance.drafted[0] > 0 and (way != "short draft" or traced.assistance.accepted[0] == 1), way
+
+
+def test_contrastive_search_at_the_end_of_the_learned_positions(tmp_path):
+    """It reads the last token too: 16 positions after 12 tokens are room for 4, as in transformers."""
+    hf = sensitive(transformers.AutoModelForCausalLM.from_config(ENDS["gpt2"]))
+    hf.save_pretrained(tmp_path)
+    model, params = from_pretrained(tmp_path, dtype=jnp.float32)
+    ids = np.random.default_rng(0).integers(1, 263, (1, 12), dtype=np.int32)
+    with pytest.warns(UserWarning, match="generating 4 at most"):
+        result = generate(model, params, ids, max_new_tokens=5, penalty_alpha=0.6, top_k=3)
+    assert result.sequences.shape == (1, 16)

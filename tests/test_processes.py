@@ -15,13 +15,14 @@ import numpy as np
 import process_worker
 import pytest
 import torch
+import trainer_job
 from processes import Job, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxmodels.convert.files import read_checkpoint, write_checkpoint
 from jaxmodels.convert.sharded import consolidate
 from jaxmodels.convert.tensors import NumpyTensor
-from jaxmodels.training.checkpoints import checkpoints_in
+from jaxmodels.training.checkpoints import checkpoints_in, get_last_checkpoint
 
 SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -224,8 +225,15 @@ def test_trainers_that_are_killed_go_on_bit_for_bit(tmp_path):
         assert codes[turn % 2] == -signal.SIGKILL and codes[1 - turn % 2] not in (0, -signal.SIGKILL), codes
         assert re.search("Gloo .* failed|another task died|ProcessError", job.logs[1 - turn % 2].read_text())
     assert 0 < newest() < 60
+    shutil.copytree(tmp_path / "out", tmp_path / "alone")
     start("out").finish()
     assert (tmp_path / "out/hf/model.safetensors").read_bytes() == (tmp_path / "whole/hf/model.safetensors").read_bytes()
+    alone = trainer_job.trainer(tmp_path / "alone", 60, per_device_train_batch_size=8)  # one process of one device goes on, too
+    alone.train(get_last_checkpoint(tmp_path / "alone"))
+    lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in (alone.state.log_history, lines)]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def torch_state(shapes, directory):

@@ -136,7 +136,7 @@ def sequences(settings: Settings, tokenizer: Any) -> tuple[list[Any], list[Any]]
             return rows
         if "input_ids" in first:
             return Examples(rows, partial(tokenized_example, max_length=cut))
-        return Examples(rows, lambda row: example(row, tokenizer=tokenizer, field=source.text_field, max_length=cut))
+        return Examples(rows, partial(example, tokenizer=tokenizer, field=source.text_field, max_length=cut))
 
     return [of(source) for source in data.train], [of(source) for source in data.eval]
 
@@ -189,7 +189,7 @@ class Referenced:
     """Pairs, made when they are asked for, with their log-probabilities [pairs] under the reference."""
 
     def __init__(self, pairs: Examples, logps: Mapping[str, np.ndarray]):
-        self.pairs, self.rows, self.logps = pairs, pairs.rows, logps
+        self.pairs, self.rows, self.make, self.logps = pairs, pairs.rows, pairs.make, logps
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxmodels.ops import attention_cpu
+from jaxmodels.ops.dropout import dropout as drop
 from jaxmodels.ops.linear import einsum
 
 Weights = jax.Array | None
@@ -75,8 +76,7 @@ def eager(
         logits = jnp.concatenate([logits, column], -1)
     weights = jax.nn.softmax(logits, -1)[..., :S].astype(q.dtype)
     if dropout is not None:
-        key, rate = dropout
-        weights = jnp.where(jax.random.bernoulli(key, 1 - rate, weights.shape), weights / (1 - rate), 0)
+        weights = drop(dropout[0], weights, dropout[1])
     out = einsum("bkgts,bskh->btkgh", weights.reshape(B, K, N // K, T, S), v).astype(q.dtype)
     return out.reshape(B, T, N, -1), weights
 

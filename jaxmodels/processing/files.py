@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+
+from jaxmodels.convert.atomic import replace_text
 
 from .chat import read_template
 from .families import FAMILIES, REGISTERED, Family, choose_family
@@ -246,16 +247,6 @@ def _read_templates(path: Path, inline: Any) -> Any:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, text: str) -> str:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return str(path)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, AddedToken):
         return {"__type": "AddedToken", **value.__getstate__()}
@@ -275,9 +266,11 @@ def write_pretrained(tokenizer: Tokenizer, path: Path) -> tuple[str, ...]:
     config = {key: _plain(value) for key, value in tokenizer.options_to_save().items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"  # fails before anything is written
     path.mkdir(parents=True, exist_ok=True)
-    files = [_write(path / "tokenizer.json", tokenizer.to_json()), _write(path / "tokenizer_config.json", text)]
+    files = {path / "tokenizer.json": tokenizer.to_json(), path / "tokenizer_config.json": text}
     for name, template in templates.items():
         if template is not None:
             (path / TEMPLATE_DIR).mkdir(exist_ok=True) if name != "default" else None
-            files.append(_write(path / TEMPLATE if name == "default" else path / TEMPLATE_DIR / f"{name}.jinja", template))
-    return tuple(files)
+            files[path / TEMPLATE if name == "default" else path / TEMPLATE_DIR / f"{name}.jinja"] = template
+    for file, content in files.items():
+        replace_text(file, content)
+    return tuple(map(str, files))

@@ -18,7 +18,7 @@ from jaxmodels.ops.loss import IGNORE
 from jaxmodels.sharding.processes import from_all, global_batch, process_share
 from jaxmodels.sharding.rules import Rules
 from jaxmodels.training.collators import draws
-from jaxmodels.training.sources import differences, identity
+from jaxmodels.training.identity import differences, identity, recipe
 
 Arrays = dict[str, np.ndarray]
 Collator = Callable[..., Mapping[str, Any]]  # of a list of examples and, where it draws, `step`
@@ -126,6 +126,7 @@ class Dataset:
         if not self.steps:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(dataset)} examples in batches of {self.part}")
         self.row = self.number = 0
+        self.about = {"data": identity(dataset), "examples": recipe(dataset), "seed": seed, "order": strategy}
 
     def order(self, epoch: int) -> np.ndarray:
         if self.strategy == "sequential":
@@ -193,11 +194,13 @@ class Dataset:
         self.row = 0
 
     def position(self) -> dict[str, Any]:
-        return {"row": self.row, "data": identity(self.dataset), "seed": self.seed, "order": self.strategy}
+        return {"row": self.row, **self.about}
 
     def set_position(self, saved: Mapping[str, Any]) -> None:
         """ValueError when what was saved is of another dataset or order."""
-        differing = differences(dict(saved, row=0), self.position() | {"row": 0})
+        if "row" not in saved:
+            raise ValueError("the checkpoint stopped in an iterable, and this is a dataset with a length")
+        differing = differences({name: value for name, value in saved.items() if name != "row"}, self.about)
         if differing:
             raise ValueError(f"the train dataset is not the one that the checkpoint stopped in: {differing}")
         self.row = int(saved["row"])
@@ -257,8 +260,11 @@ class Stream:
 
     def set_position(self, saved: Mapping[str, Any]) -> None:
         """ValueError when what was saved is of a dataset, or of other shares."""
+        if "state" in saved and self.pieces == 1:  # as the first version noted it
+            saved = {"shares": [saved]}
         if "shares" not in saved:
-            raise ValueError("the checkpoint stopped in a dataset of another kind than this iterable")
+            found = "an iterable of one process's rows" if "state" in saved else "a dataset with a length"
+            raise ValueError(f"the checkpoint stopped in {found}, and this is an iterable in {self.pieces} shares")
         if len(saved["shares"]) != self.pieces:
             raise ValueError(
                 f"the checkpoint stopped in a stream that came in {len(saved['shares'])} processes' shares; now there are {self.pieces}, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from jaxmodels.convert.atomic import replace_text
 from jaxmodels.training.arguments import TrainingArguments
 
 EVENTS = (
@@ -198,9 +198,7 @@ class JSONLCallback(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / "log.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(".tmp")
-            new.write_text("".join(json.dumps(line) + "\n" for line in state.log_history), encoding="utf-8")
-            os.replace(new, path)
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir) / "log.jsonl"

@@ -5,7 +5,6 @@ none; older ones go only when a newer one is there. Arrays are restored into the
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -15,8 +14,10 @@ from typing import Any
 
 import jax
 
+from jaxmodels.convert.atomic import remove
 from jaxmodels.convert.errors import CheckpointError
 from jaxmodels.convert.hub import local_directory
+from jaxmodels.convert.orbax import unlogged, why_not
 
 NAME = re.compile(r"checkpoint-(\d+)")
 NOT_THE_MODEL = ("generation_config", "dtype", "torch_dtype", "_name_or_path", "architectures", "transformers_version", "use_cache")
@@ -69,7 +70,7 @@ class Checkpoints:
         if self.directory.is_dir() and jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if re.match(r"checkpoint-\d+\.(orbax-checkpoint-tmp|removed)", path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove(path)
 
     def path(self, step: int) -> Path:
         return self.directory / f"checkpoint-{step}"
@@ -97,16 +98,13 @@ class Checkpoints:
 
     def _try(self, write: Callable[[], Any]) -> None:
         """CheckpointError says which checkpoint failed and which is the last good one."""
-        try:
-            write()
-        except Exception as error:  # Orbax and tensorstore raise what they please
-            reason = getattr(error, "strerror", None) or str(error).split("[", 1)[0].strip() or type(error).__name__
-        else:
-            return
-        gc.collect()  # what Orbax had begun to write would complain when the process ends
-        failed, self.writing = self.writing, None
-        self._sweep()
-        raise CheckpointError(f"{failed} could not be written: {reason.rstrip('.')}. The last good checkpoint: {self.last() or 'none'}")
+        with unlogged():
+            why = why_not(write)
+            if why is None:
+                return
+            failed, self.writing = self.writing, None
+            self._sweep()
+        raise CheckpointError(f"{failed} could not be written: {why}. The last good checkpoint: {self.last() or 'none'}")
 
     def _rotate(self) -> None:
         if self.limit is None or jax.process_index():

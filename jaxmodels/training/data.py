@@ -25,8 +25,9 @@ from jaxmodels.convert.atomic import replacing
 from jaxmodels.ops.loss import IGNORE
 from jaxmodels.processing.tokenizer import NO_LIMIT
 from jaxmodels.training.collators import draws
+from jaxmodels.training.identity import described, differences, identity, recipe
 from jaxmodels.training.packing import pack_documents
-from jaxmodels.training.sources import Row, Rows, differences, identity
+from jaxmodels.training.sources import Row, Rows
 
 try:
     import grain
@@ -234,7 +235,7 @@ def batches(
     make = (lambda i, rows: collator(rows, step=i)) if draws(collator) else (lambda i, rows: collator(rows))
     rows = dataset.batch(batch_size, drop_remainder=drop_remainder, batch_fn=list)
     read = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    return Known(rows.map_with_index(make).to_iter_dataset(read), batch_size=batch_size)
+    return Known(rows.map_with_index(make).to_iter_dataset(read), batch_size=batch_size, collator=described(collator))
 
 
 def packed_batches(
@@ -245,17 +246,18 @@ def packed_batches(
     Documents longer than a row are cut into rows; `window` documents at a time are packed by `pack_documents`, and their rows
     shuffled. What does not fill a batch at the end is dropped."""
     rows = Packed(dataset.to_iter_dataset(), length, window, seed, pad_token_id)
-    return Known(rows.batch(batch_size, drop_remainder=True), length=length, window=window, seed=seed)
+    return Known(rows.batch(batch_size, drop_remainder=True), length=length, window=window, seed=seed, pad_token_id=int(pad_token_id))
 
 
 class Known(grain.IterDataset):
-    """A stream whose states say what they were taken in: the files of its sources, the settings of its mixtures and what else `about` has;
-    ValueError where one is set in another."""
+    """A stream whose states say what they were taken in: the files of its sources, how examples are made of their rows, the settings of
+    its mixtures and what else `about` has; ValueError where one is set in another."""
 
     def __init__(self, parent: grain.IterDataset, **about: Any):
         super().__init__(parent)
         stages = list(_stages(parent))
-        self.about = {"data": [line for stage in stages if hasattr(stage, "_source") for line in identity(stage._source)], **about}
+        sources = [stage._source for stage in stages if hasattr(stage, "_source")]
+        self.about = {"data": [line for source in sources for line in identity(source)], "examples": list(map(recipe, sources)), **about}
         for mixed in (stage for stage in stages if isinstance(stage, Mixed)):
             self.about |= mixed.about
 
@@ -282,6 +284,7 @@ class _KnownIterator(grain.DatasetIterator):
         return {"parent": self._parent.get_state(), "of": self.about}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        state = state if "of" in state else {"parent": state, "of": {}}  # as the first version noted it
         differing = differences(state["of"], self.about)
         if differing:
             raise ValueError(f"the stream's state was taken in another stream: {differing}")

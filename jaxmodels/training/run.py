@@ -141,11 +141,14 @@ class Run:
         for name, value in saved["trainer_state"].items():
             if name not in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "is_world_process_zero"):
                 setattr(state, name, value)
-        if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
-            state.best_model_checkpoint = None
+        if state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint)
+            places = (self.checkpoints.directory / best.name, best)  # the whole directory may have been moved or copied
+            state.best_model_checkpoint = next((str(path) for path in places if path.is_dir()), None)
         self.checkpoints.best = state.best_model_checkpoint
+        known = {"updates": state.global_step, **saved}  # which earlier versions did not count
         for name in KEPT:
-            setattr(self, name, saved[name])
+            setattr(self, name, known[name])
         self.source.set_position(saved["data"])
         self.key = jax.random.wrap_key_data(jnp.asarray(saved["key"], jnp.uint32))
         self.trainer.callback_handler.restore(state.stateful_callbacks)

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -203,24 +203,6 @@ class Rows:
             return file.read(row)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.where(i)}: {error}") from error
-
-
-def identity(dataset: Any) -> list[str]:
-    """What tells a sequence of examples from another: the names and sizes of its files, else how many examples there are."""
-    rows = getattr(dataset, "rows", dataset)
-    return rows.sizes if isinstance(rows, Rows) else [f"{len(dataset)} examples"]
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`name: saved …, now …` of what is not the same on both sides; of two lists the first items that differ."""
-    found = []
-    for name in now:
-        before, after = saved.get(name), now[name]
-        if before != after and isinstance(before, list) and isinstance(after, list):
-            before, after = next(pair for pair in itertools.zip_longest(before, after) if pair[0] != pair[1])
-        if before != after:
-            found.append(f"{name}: saved {before!r}, now {after!r}")
-    return "; ".join(found)
 
 
 def read_rows(paths: Paths, format: str | None = None) -> Rows:
