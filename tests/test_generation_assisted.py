@@ -66,7 +66,7 @@ def family(name, scan_layers):
     }[name]
     head = {"gpt2": "LMHeadModel", "t5": "ForConditionalGeneration"}.get(name, "ForCausalLM")
     model = getattr(module, prefix + head)(getattr(module, prefix + "Config")(**options), scan_layers=scan_layers)
-    return model, noisy(init_params(model, jax.random.key(0)), 0.15)
+    return model, noisy(init_params(model, jax.random.key(0)), 0.3)
 
 
 @pytest.mark.parametrize(
