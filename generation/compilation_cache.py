@@ -19,12 +19,12 @@ def enable_compilation_cache() -> str | None:
     """Switch JAX's persistent compilation cache on and return its folder; None where it stays as it is.
 
     Nothing happens when the user configured one (jax_compilation_cache_dir, jax_enable_compilation_cache), when the environment variable
-    JAXMODELS_COMPILATION_CACHE is `off`, when the folder cannot be written, or for several processes on CPU, whose programs lose the order
+    JAXMODELS_COMPILATION_CACHE is `off`, when the folder cannot be written, or for several devices on CPU, whose programs lose the order
     of their collectives in it. Only the first call in a process does anything."""
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted.lower() == "off" or jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if jax.device_count() > 1 and jax.default_backend() == "cpu":
         return None
     try:
         folder = Path(wanted) if wanted else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "xla"

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -234,12 +235,15 @@ def _check_processes(mesh: Mesh) -> None:
             "has devices of every process (make_mesh without devices=), or of this one alone (devices=jax.local_devices())"
         )
     folder = jax.config.values["jax_compilation_cache_dir"]
-    if len(held) > 1 and mesh.devices.flat[0].platform == "cpu" and folder and jax.config.values["jax_enable_compilation_cache"]:
-        # Read back, XLA:CPU's programs have lost the order of their collectives: the processes meet in different ones and abort.
-        raise ValueError(
-            f"{count} processes on CPU with a compilation cache in {folder}: programs from it mix up their collectives; go on without it, "
-            "by JAX_ENABLE_COMPILATION_CACHE=false"
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" and folder and jax.config.values["jax_enable_compilation_cache"]:
+        # Read back, XLA:CPU's programs have lost the order of their collectives: devices wait in different ones, then the process aborts.
+        message = (
+            f"{mesh.size} CPU devices with a compilation cache in {folder}: programs from it mix up their collectives and may abort; go on "
+            "without it, by JAX_ENABLE_COMPILATION_CACHE=false"
         )
+        if len(held) > 1:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def resolve_rules(rules: Rules | str | None, mesh: Mesh | None) -> Rules | None:

@@ -19,6 +19,7 @@ if version("jaxlib").startswith("0.10.") and not {"JAXMODELS_OPTIMIZED", "JAXMOD
     FLAGS += LEAST  # flags come and go, and an unknown one ends the process
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ["JAXMODELS_COMPILATION_CACHE"] = "off"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # several devices on CPU do without
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch beside XLA's threads and a second test process

@@ -33,7 +33,6 @@ class Job:
         port = free_port()
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment = {**os.environ, "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # with which several processes on CPU are refused
         environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])
         script, task = (task, []) if task.endswith(".py") else (WORKER, [task])
         self.logs = [Path(directory) / f"{Path(script).stem}{''.join(task)}-{i}.log" for i in range(count)]

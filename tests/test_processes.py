@@ -49,7 +49,7 @@ def alone(checkpoint):
 
 
 TOLD = {  # what every process is told
-    "cache": "ValueError: [24] processes on CPU with a compilation cache in .*/programs: programs from it mix up their collectives",
+    "cache": "ValueError: 8 CPU devices with a compilation cache in .*/programs: programs from it mix up their collectives",
     "mesh": r"""mesh: {"fsdp": 4, "tensor": 2} on process 0\S*; {"fsdp": 8} on process""",
     "rules": "rules: .* on process 0",
     "dtype": 'dtype: "float32" on process 0; "bfloat16" on process 1',

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxmodels.generation import enable_compilation_cache
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.sharding import Rules, agree, explain, global_batch, lockstep, make_mesh, process_rows, resolve_rules, to_host
 
@@ -73,6 +74,19 @@ def test_unknown_mesh_axes_are_refused(mesh):
         Rules(mesh, (("heads", ("tensro",)),))
     with pytest.raises(ValueError, match=r"no preset knows the mesh axes \['tensro'\]"):
         Rules.preset("tensor", make_mesh(fsdp=2, tensro=4))
+
+
+def test_no_compilation_cache_on_cpu(tmp_path, monkeypatch):
+    """Programs from it start their collectives in any order."""
+    monkeypatch.setenv("JAXMODELS_COMPILATION_CACHE", str(tmp_path))
+    assert enable_compilation_cache.__wrapped__() is None and not list(tmp_path.iterdir())
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with pytest.warns(UserWarning, match="3 CPU devices with a compilation cache .* JAX_ENABLE_COMPILATION_CACHE=false"):
+            Rules.preset("fsdp", make_mesh(jax.devices()[:3], fsdp=3))
+        Rules.preset("fsdp", make_mesh(jax.devices()[7:], fsdp=1))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_what_is_no_mesh_and_no_table(mesh):
