@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if QUICK.fullmatch(item.path.stem):
+        if QUICK.fullmatch(item.path.stem) and not item.get_closest_marker("slow"):
             item.add_marker("quick")
 
 

@@ -88,11 +88,14 @@ def test_what_cannot_talk_is_refused_before_its_weights_are_read(talker, capsys,
         assert message in capsys.readouterr().err
 
 
-def test_interrupted_in_the_middle_of_an_answer(talker):
+def test_interrupted_in_the_middle_of_an_answer(talker, request):
     """Ctrl-C ends the command with status 130, a line of its own and no traceback."""
     terminal, other = pty.openpty()
     command = [sys.executable, "-m", "jaxmodels.cli.main", "chat", "--model", str(talker), "--max-new-tokens", "100000"]
+    here = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background ignore it, and so would the command
     chat = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    signal.signal(signal.SIGINT, here)
+    request.addfinalizer(chat.kill)
     os.close(other)
     said = b""
 
