@@ -49,7 +49,7 @@ def numbers(path, mesh=MESH):
         losses.append(to_host(metrics["loss"]))
     found["losses"] = np.stack(losses)
     found["norm"] = to_host(jm.flatten(state.params)["model.norm.weight"])
-    return found, model, state, step, optimizer
+    return found, model, state, step
 
 
 def refusals(directory, path, process):
@@ -127,7 +127,7 @@ def read_by_range(url):
     return params, sum(asked), sum(held.values())
 
 
-def resumed(directory, model, state, step, optimizer):
+def resumed(directory, model, state, step):
     """The loss of a fourth step, and of one after a save and a restore of the whole state by the Trainer's checkpoints."""
     checkpoints, about = Checkpoints(f"{directory}/run"), describe(model, "adamw")
     checkpoints.save(3, state, about, {"seen": 24})
@@ -143,7 +143,7 @@ def resumed(directory, model, state, step, optimizer):
 def everything(process, directory, url):
     path = f"{directory}/model"
     told = refusals(directory, path, process)
-    found, model, state, step, optimizer = numbers(path)
+    found, model, state, step = numbers(path)
     trained = jm.flatten(state.params)
     jm.save_pretrained(f"{directory}/whole", model, state.params, max_shard_size=30_000)
     jm.save_pretrained(f"{directory}/parts", model, state.params, max_shard_size=30_000, consolidate=False)
@@ -159,7 +159,7 @@ def everything(process, directory, url):
     params, asked, held = read_by_range(url)
     found["url"] = to_host(jm.flatten(params)["model.layers.1.self_attn.k_proj.weight"])
     found["trained"] = to_host(trained["model.layers.1.self_attn.k_proj.weight"])
-    found["resumed"] = np.array(resumed(directory, model, state, step, optimizer))
+    found["resumed"] = np.array(resumed(directory, model, state, step))
     if process == 0:
         np.savez(f"{directory}/found.npz", **found)
     assert not Path(directory, "programs").exists()

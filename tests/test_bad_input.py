@@ -145,7 +145,7 @@ def test_every_command_says_what_is_wrong(good, tmp_path, capsys, name):
     assert all(word in str(error.value) for word in said)
 
 
-def test_another_head_is_left_out_and_said(good, tmp_path, capsys, caplog):
+def test_another_head_is_left_out_and_said(good, tmp_path, caplog):
     shutil.copytree(good / "one", tmp_path / "model")
     tensors(lambda t: t.update({"v_head.summary.weight": t[NORM]}))(tmp_path / "model")
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out")]) == 0

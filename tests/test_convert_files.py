@@ -103,7 +103,6 @@ def broken(header, data=b"", length=None):
 
 
 ONE = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-TWICE = json.dumps(ONE)[:-1] + ", " + json.dumps(ONE)[1:]
 BAD_FILES = {
     "no bytes": (b"", "truncated: 0 bytes"),
     "short": (b"\x10\0\0", "truncated: 3 bytes"),

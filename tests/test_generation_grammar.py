@@ -159,6 +159,6 @@ def test_what_others_forbid_does_not_break_the_grammar(tokenizer, model):
     assert first[0] and first[1] == "n"
 
 
-def test_what_no_token_spells(tokenizer, model):
+def test_what_no_token_spells(tokenizer):
     with pytest.raises(ValueError, match="no tokens that spell"):
         Grammar.regex(tokenizer, "a", 3)

@@ -180,7 +180,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_the_same_scanned(dora):
     assert A.shape == (3, 32) and 0.9 * 32**-0.5 < np.abs(A).max() <= 32**-0.5
 
 
-def test_trains_as_peft(written):
+def test_trains_as_peft():
     """Five steps of AdamW on the adapter and the saved head; the base does not move and has no moments."""
     config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
     theirs = peft.get_peft_model(torch_base(), peft.LoraConfig(task_type="CAUSAL_LM", **config))

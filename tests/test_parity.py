@@ -100,7 +100,7 @@ def test_the_record_holds_no_more_than_a_sample_of_a_gradient(file):
     assert parity._sample(wide).size <= parity.SAMPLE and parity._sample(wide)[-1] > 3 * parity.SAMPLE - 4
 
 
-def test_another_model_is_an_error(case, file):
+def test_another_model_is_an_error(case):
     """A record of other layers is no table of nonsense."""
     config = case.loaded[0].config.replace(num_hidden_layers=2)
     model, params = auto.AutoModelForCausalLM.from_config(config, key=jax.random.key(0), scan_layers=True)

@@ -239,7 +239,7 @@ def test_a_v4_is_one_device_a_chip():
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_a_plan_too(capsys):
+def test_what_does_not_fit_is_a_plan_too():
     build = partial(plan, LLAMA_70B, topology="v5e:2x2", mesh={"tensor": 4}, job="decode")
     found = build(batch=1, length=256)
     assert not found.fits and "does NOT fit" in str(found)

@@ -306,7 +306,7 @@ def test_a_template_that_is_none(pair, path, tmp_path, stored):
         AutoTokenizer.from_pretrained(tmp_path / "model")
 
 
-def test_template_files(pair, path, tmp_path):
+def test_template_files(path, tmp_path):
     shutil.copytree(path, tmp_path / "model")
     file, more = tmp_path / "model/chat_template.jinja", tmp_path / "model/additional_chat_templates"
     file.write_bytes(b"\xe9")

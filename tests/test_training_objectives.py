@@ -146,7 +146,7 @@ def test_pairs_add_up_over_parts_and_training_prefers_the_chosen(models):
     assert runs[0][-1][0] < 0.5 and runs[0][-1][3] == 1
 
 
-def test_refusals(models):
+def test_refusals():
     with pytest.raises(ValueError, match="'dpo' is not known; known are sigmoid"):
         dpo_loss("dpo")
     with pytest.raises(ValueError, match=r"label_smoothing 0.5 in \[0, 0.5\)"):
