@@ -23,8 +23,8 @@ import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 
-from .sanitize import encode_marked, mark, patterns
-from .schema import get_json_schema
+from jaxmodels.processing.sanitize import encode_marked, mark, patterns
+from jaxmodels.processing.schema import get_json_schema
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any] | Callable

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram, WordPiece
 
-from .sentencepiece import SPACE, spaces_decoder
+from jaxmodels.processing.sentencepiece import SPACE, spaces_decoder
 
 Options = Mapping[str, Any]  # the class's arguments: tokenizer_config.json, the caller's keywords, `charsmap` of a sentencepiece model
 Build = Callable[[Any, Any, Options], Tokenizer]

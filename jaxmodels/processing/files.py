@@ -12,12 +12,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from jaxmodels.convert.atomic import replace_text
-
-from .chat import read_template
-from .families import FAMILIES, REGISTERED, Family, choose_family
-from .sentencepiece import BPE, merges_of, read_sentencepiece, to_tokenizer
-from .tokenizer import Tokenizer, read_backend
-from .vocabulary import EXTRA, SPECIAL_TOKENS
+from jaxmodels.processing.chat import read_template
+from jaxmodels.processing.families import FAMILIES, REGISTERED, Family, choose_family
+from jaxmodels.processing.sentencepiece import BPE, merges_of, read_sentencepiece, to_tokenizer
+from jaxmodels.processing.tokenizer import Tokenizer, read_backend
+from jaxmodels.processing.vocabulary import EXTRA, SPECIAL_TOKENS
 
 TEMPLATE, TEMPLATE_DIR = "chat_template.jinja", "additional_chat_templates"
 GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")  # class names that say nothing

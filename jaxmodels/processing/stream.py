@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from .tokenizer import CLEAN_UP, Tokenizer
+from jaxmodels.processing.tokenizer import CLEAN_UP, Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

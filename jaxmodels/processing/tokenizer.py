@@ -16,10 +16,10 @@ from typing import Any
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from .batch import BatchEncoding
-from .chat import ChatTemplates
-from .texts import at_least_0, one_of, read_texts, refused
-from .vocabulary import SPECIAL_TOKENS, Token, Vocabulary, id_list
+from jaxmodels.processing.batch import BatchEncoding
+from jaxmodels.processing.chat import ChatTemplates
+from jaxmodels.processing.texts import at_least_0, one_of, read_texts, refused
+from jaxmodels.processing.vocabulary import SPECIAL_TOKENS, Token, Vocabulary, id_list
 
 NO_LIMIT = int(1e30)  # model_max_length where the checkpoint names none
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # the class name under which every transformers version reads tokenizer.json as it stands
@@ -348,8 +348,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
 
         `transformers` loads the directory and gives the same ids."""
         from jaxmodels.convert.hub import local_directory
-
-        from .files import write_pretrained
+        from jaxmodels.processing.files import write_pretrained
 
         return write_pretrained(self, local_directory(save_directory))
 
@@ -371,7 +370,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
             new_special_tokens: further special tokens.
             special_tokens_map: old special token -> new one.
             trainer_options: for the trainer of the `tokenizers` library (min_frequency, show_progress, ...)."""
-        from .train import retrain
+        from jaxmodels.processing.train import retrain
 
         return retrain(self, text_iterator, vocab_size, length, new_special_tokens or (), special_tokens_map or {}, trainer_options)
 
@@ -440,8 +439,7 @@ class AutoTokenizer:
 
         No code of the checkpoint is run, whatever `trust_remote_code` says; `use_fast` has no effect either."""
         from jaxmodels.convert.hub import resolve
-
-        from .files import load_pretrained
+        from jaxmodels.processing.files import load_pretrained
 
         hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "subfolder": subfolder, "variant": variant}
         path = resolve(path_or_id, local_files_only=local_files_only, weights=False, **hub)

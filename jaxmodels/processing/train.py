@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from .families import GPT4_SPLIT
-from .tokenizer import Tokenizer
-from .vocabulary import EXTRA, Token
+from jaxmodels.processing.families import GPT4_SPLIT
+from jaxmodels.processing.tokenizer import Tokenizer
+from jaxmodels.processing.vocabulary import EXTRA, Token
 
 TRAINERS: dict[str, Any] = {
     "BPE": trainers.BpeTrainer,
