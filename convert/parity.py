@@ -335,6 +335,7 @@ def compare(ours: Answers, torch: Answers, torch64: Answers | None = None) -> Re
 
 
 def compare_gradients(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> tuple[Row, ...]:
+    """A row for each gradient: the norm of what they differ by and its limit, 1e-4 of torch's norm or of a thousandth of all gradients'."""
     if ours.keys() != theirs.keys():
         raise ValueError(
             f"gradients of ours alone: {sorted(ours.keys() - theirs.keys())}; of torch alone: {sorted(theirs.keys() - ours.keys())}"

@@ -34,6 +34,7 @@ def full_index(index: Sequence[slice], shape: Sequence[int]) -> Index:
 
 
 def lengths(index: Index) -> tuple[int, ...]:
+    """The shape of what the index selects."""
     return tuple(s.stop - s.start for s in index)
 
 

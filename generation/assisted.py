@@ -3,7 +3,8 @@
 Every row of a batch takes as many drafts as are right for it. Rows are held by their newest token (`Ragged`), the cache's slots by their
 positions: what a row rejects is emptied, and where rows leave too many slots empty, their tokens move together.
 
-Axis letters: B rows, K drafts, T = K + 1 columns that are checked, S cache slots, W columns of tokens, N steps, V vocabulary."""
+Axis letters: B rows, K drafts, T = K + 1 columns that are checked, S cache slots, W columns of tokens, N steps, V vocabulary,
+P columns of a prompt."""
 
 from __future__ import annotations
 
@@ -94,6 +95,8 @@ class Assistance:
 
 
 class Drafter(Protocol):
+    """What makes drafts, and what it carries from round to round: a Progress."""
+
     @property
     def columns(self) -> int:
         """T: one more than the most drafts of a round."""

@@ -21,6 +21,7 @@ from jaxmodels.generation.sampling import State, argmax, reader
 
 
 def progress(num: Any, rows: int, memory: Memory | None = None, given: Drafts | None = None) -> Progress:
+    """Where B = `rows` rows begin, each to draft `num`, [] or [B]."""
     none = jnp.zeros(rows, jnp.int32)
     return Progress(memory, jnp.full(rows, num, jnp.int32), given, jnp.int32(0), none, none)
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance (arXiv:2306.17806): the model reads the prompt and a negative prompt side by side, as twice the rows.
 
-Axis letters: B rows, S cache slots, P the prompt's bucket, V vocabulary."""
+Axis letters: B rows, T tokens read, S cache slots, P the prompt's bucket, V vocabulary."""
 
 from __future__ import annotations
 

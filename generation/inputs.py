@@ -114,10 +114,12 @@ def eos_ids(eos: int | tuple[int, ...] | None) -> np.ndarray:
 
 
 def concrete(ids: Any, what: str) -> np.ndarray:
+    """ids as they are; ValueError names `what` needs them where they are traced."""
     if isinstance(ids, jax.core.Tracer):
         raise ValueError(f"{what} runs on the host: it cannot be used inside jax.jit")
     return ids
 
 
 def digest(*arrays: np.ndarray) -> str:
+    """A hash of shapes and bytes, to compare arguments between processes."""
     return hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in arrays)).hexdigest()

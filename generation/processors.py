@@ -1,7 +1,9 @@
 """Logits processors: small pytree dataclasses, each usable alone as `processor(sequences, logits) -> logits`.
 
 Their values are arrays, so another value compiles nothing; which processors there are is structure. `build_processors` makes those
-that a GenerationConfig asks for, in HF's order."""
+that a GenerationConfig asks for, in HF's order.
+
+Axis letters: B rows, T columns of what an encoder or, without one, the model reads, E token ids."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What logits processors share: the sequences they read, the protocol, and small helpers.
 
-Axis letters: B rows, W columns of tokens, V vocabulary, E token ids."""
+Axis letters: B rows, T columns of a prompt, W columns of tokens, V vocabulary, E token ids."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def id_array(ids: Any) -> np.ndarray:
 
 
 def keep(logits: jax.Array, kept: jax.Array) -> jax.Array:
+    """-inf where not `kept`, both [B,V]."""
     return jnp.where(kept, logits, -jnp.inf)
 
 

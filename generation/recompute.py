@@ -35,6 +35,7 @@ def transcript(batch: int, slots: int, source: tuple[jax.Array, jax.Array] | Non
 
 
 def recomputes(cache: Cache) -> bool:
+    """Whether it is a transcript: the text is read again in every step."""
     return isinstance(cache.layers[0], Transcript)
 
 

@@ -3,7 +3,8 @@
 A strategy is a pytree whose values are traced. It turns logits into the next state and says nothing about prompts, buckets,
 chunks or streams, which are the loop's; another strategy is another class with the Protocol's methods.
 
-Axis letters: B rows, S cache slots, W columns of tokens, N steps, V vocabulary, E end-of-sequence ids."""
+Axis letters: B rows, R rows of the result, T tokens read, S cache slots, W columns of tokens, N steps, V vocabulary,
+E end-of-sequence ids."""
 
 from __future__ import annotations
 
@@ -89,6 +90,8 @@ def reader(model: Any, params: Any, source: tuple[jax.Array, jax.Array] | None =
 
 
 class Strategy(Protocol):
+    """How next tokens are chosen: a pytree of static and traced options, whose methods the jitted loop calls."""
+
     hidden_states: ClassVar[bool]  # whether `look` needs the model's
 
     @property

@@ -3,7 +3,8 @@
 They are read off by one more pass over the finished sequences: causal models see the same at every position then as they did step by
 step. The loop need not carry them, and any cache will do.
 
-Axis letters: R rows of the result, T prompt columns, N new tokens, D hidden, H heads."""
+Axis letters: R rows of the result, T prompt columns, N new tokens, D hidden, H heads; of what an encoder reads
+B rows, S columns, in a bucket of E."""
 
 from __future__ import annotations
 

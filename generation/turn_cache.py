@@ -40,6 +40,7 @@ class TurnCache(Cache, kw_only=True):
 
 
 def turn(cache: Cache, token: jax.Array, unread: jax.Array, memory: Memory | None = None) -> TurnCache:
+    """The cache for a next turn, whose newest token of each row the model has not read where `unread`, [B] or [B,U] both."""
     return TurnCache(cache.layers, cache.positions, cache.index, token=token, unread=unread, memory=memory)
 
 
@@ -49,6 +50,7 @@ def columns(x: jax.Array) -> jax.Array:
 
 
 def conditional(cache: Cache) -> Cache:
+    """The prompt's own cache, without the one that guidance reads beside it."""
     return cache.conditional() if isinstance(cache, GuidedCache) else cache
 
 

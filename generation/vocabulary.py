@@ -1,4 +1,6 @@
-"""What the tokens of a tokenizer are, in bytes: for stop strings and grammars."""
+"""What the tokens of a tokenizer are, in bytes: for stop strings and grammars.
+
+Axis letters: A states of an automaton, V vocabulary."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 
 The green lists are those of transformers with a CPU generator, number by number; see torch_random.
 
-Axis letters: B rows, C candidates, W columns of tokens, L tokens of a context, V vocabulary, D keys."""
+Axis letters: B rows, C candidates, W columns of tokens, L tokens of a context, V vocabulary, D keys, S the table's size,
+T tokens of a text."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ def wide(value: int) -> Wide:
 
 
 def add(a: Wide, b: Wide) -> Wide:
+    """Modulo 2^64."""
     low = a[1] + b[1]
     return a[0] + b[0] + (low < a[1]).astype(jnp.uint32), low
 

@@ -1,4 +1,6 @@
-"""From a checkpoint directory (or a hub id) to (model, params) and back; which family and class a config asks for."""
+"""From a checkpoint directory (or a hub id) to (model, params) and back; which family and class a config asks for.
+
+Axis letters: B rows, C choices, T tokens, D hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -135,19 +137,24 @@ class _AutoClass:
         return model, init_params(model, key, dtype)
 
 
-class AutoModel(_AutoClass): ...
+class AutoModel(_AutoClass):
+    """The model without a head: hidden states [B,T,D]."""
 
 
-class AutoModelForCausalLM(_AutoClass): ...
+class AutoModelForCausalLM(_AutoClass):
+    """Logits [B,T,V] of the next token."""
 
 
-class AutoModelForSeq2SeqLM(_AutoClass): ...
+class AutoModelForSeq2SeqLM(_AutoClass):
+    """Logits [B,T,V] of the next token of a decoder that reads an encoder's output."""
 
 
-class AutoModelForTextEncoding(_AutoClass): ...
+class AutoModelForTextEncoding(_AutoClass):
+    """The encoder alone, of an encoder-decoder model its own: hidden states [B,T,D]."""
 
 
-class AutoModelForMaskedLM(_AutoClass): ...
+class AutoModelForMaskedLM(_AutoClass):
+    """Logits [B,T,V] of each token itself, for those that are masked."""
 
 
 class AutoModelForPreTraining(_AutoClass):
@@ -159,19 +166,24 @@ class AutoModelForPreTraining(_AutoClass):
         return super().class_for(config) if own else text_task(config).class_for(config)
 
 
-class AutoModelForNextSentencePrediction(_AutoClass): ...
+class AutoModelForNextSentencePrediction(_AutoClass):
+    """Logits [B,2]: whether a row's second text follows its first."""
 
 
-class AutoModelForMultipleChoice(_AutoClass): ...
+class AutoModelForMultipleChoice(_AutoClass):
+    """Logits [B,C] of a row's choices, each a text of its own."""
 
 
-class AutoModelForSequenceClassification(_AutoClass): ...
+class AutoModelForSequenceClassification(_AutoClass):
+    """Logits [B,num_labels]."""
 
 
-class AutoModelForTokenClassification(_AutoClass): ...
+class AutoModelForTokenClassification(_AutoClass):
+    """Logits [B,T,num_labels]."""
 
 
-class AutoModelForQuestionAnswering(_AutoClass): ...
+class AutoModelForQuestionAnswering(_AutoClass):
+    """Two logits [B,T] each: where the answer starts and where it ends."""
 
 
 def text_task(config: Config) -> type[_AutoClass]:

@@ -3,7 +3,7 @@
 A cache holds one state per layer (in a scanned model one per stack of layers, with a leading [layers] axis), the position of
 the token in every slot, and one write index for all rows. Only a state knows its memory layout.
 
-Axis letters: B batch, S slots, T new tokens, K kv heads, H head dim, L stacked layers."""
+Axis letters: B batch, S slots, T new tokens, K kv heads, H head dim, C channels, W a convolution's window, L stacked layers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Modules that own a parameter and call an op, and the stack of layers in its two forms.
 
-Axis letters: B batch, T new tokens, S cache slots, D hidden, N query heads, K kv heads, H head dim."""
+Axis letters: B batch, T new tokens, S cache slots, D hidden, N query heads, K kv heads, H head dim,
+R the part of it that turns; of a convolution C channels, K its width."""
 
 from __future__ import annotations
 

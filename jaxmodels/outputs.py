@@ -1,4 +1,6 @@
-"""Output dataclasses: pytrees with HF's field names, indexed by name or, over the fields that are set, by position."""
+"""Output dataclasses: pytrees with HF's field names, indexed by name or, over the fields that are set, by position.
+
+Axis letters: B rows, T tokens, S keys, D hidden, N heads, E experts, V vocabulary."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The nested tree of {dotted key: leaf}, flatten's inverse."""
     return unflatten_dict(dict(flat), sep=".")
 
 

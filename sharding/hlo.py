@@ -43,6 +43,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of a compiled program's text."""
+
     name: str
     shape: str
     opcode: str

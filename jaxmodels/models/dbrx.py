@@ -1,6 +1,6 @@
 """DBRX (Databricks 2024): a decoder of layer norms without biases, clipped projections and fine-grained experts.
 
-Axis letters: B batch, T tokens, D hidden, N query heads, K kv heads, H head dim, E experts."""
+Axis letters: B batch, T tokens, D hidden, N query heads, K kv heads, H head dim, E experts, F mlp."""
 
 from __future__ import annotations
 

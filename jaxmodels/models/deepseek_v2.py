@@ -122,8 +122,8 @@ class DeepseekV2Attention(nn.Module):
             out = einsum("btnc,nvc->btnv", out[..., R:], up[:, P:]).astype(x.dtype)
         else:
             kv = linear(k[:, :, 0, R:], up.reshape(-1, C)).reshape(B, S, N, P + V)
-            k = jnp.concatenate([jnp.broadcast_to(k[..., :R], (B, S, N, R)), kv[..., :P]], -1)
-            out, weights = look(q, k, kv[..., P:], positions, step, **options)
+            k = jnp.concatenate([jnp.broadcast_to(k[..., :R], (B, S, N, R)), kv[..., :P]], -1)  # [B, S, N, R+P]
+            out, weights = look(q, k, kv[..., P:], positions, step, **options)  # [B, T, N, V]
         return dense(D, ("embed", "heads"), c.attention_bias, name="o_proj")(out.reshape(B, T, N * V)), state, weights
 
 

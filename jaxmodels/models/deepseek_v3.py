@@ -1,5 +1,7 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437): DeepSeek-V2 whose router scores experts by sigmoids and chooses them with a bias that balances the
-load, and only the choice."""
+load, and only the choice.
+
+Axis letters: B batch, T tokens, D hidden, E experts, k a token."""
 
 from __future__ import annotations
 

@@ -190,14 +190,14 @@ class GPT2DoubleHeadsModel(CausalLM):
         """input_ids and what is like them: [B,C,T]. mc_token_ids [B,C]: the column that stands for a choice, by default its last real
         token. labels [B,C,T]: ids, -100 left out; mc_labels [B]: the right choices."""
         flat: Any = lambda x, rank=1: None if x is None else jnp.asarray(x).reshape(-1, *x.shape[-rank:])
-        inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))
+        inputs = (flat(input_ids), flat(attention_mask), flat(position_ids), flat(inputs_embeds, 2))  # [B*C, T]
         out = self.run_base(*inputs, None, output_hidden_states, output_attentions)
         x = out.last_hidden_state
         shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
         if mc_token_ids is None:
             real = jnp.ones(x.shape[:2], bool) if attention_mask is None else inputs[1].astype(bool)
             mc_token_ids = jnp.max(jnp.where(real, jnp.arange(x.shape[1]), 0), 1)
-        chosen = jnp.take_along_axis(x, jnp.asarray(mc_token_ids).reshape(-1, 1, 1), 1)[:, 0]
+        chosen = jnp.take_along_axis(x, jnp.asarray(mc_token_ids).reshape(-1, 1, 1), 1)[:, 0]  # [B*C, D]
         logits, mc_logits = self.head(x), self.multiple_choice_head(chosen).reshape(shape[:-1])
         loss = None if labels is None else causal_lm_loss(logits, flat(labels))
         mc_loss = None if mc_labels is None else cross_entropy(mc_logits, mc_labels)

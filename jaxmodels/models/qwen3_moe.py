@@ -1,4 +1,6 @@
-"""Qwen3-MoE (arXiv:2505.09388): Qwen3 whose MLPs are mixtures of experts, or plain in some layers."""
+"""Qwen3-MoE (arXiv:2505.09388): Qwen3 whose MLPs are mixtures of experts, or plain in some layers.
+
+Axis letters: B batch, T tokens, D hidden, E experts."""
 
 from __future__ import annotations
 

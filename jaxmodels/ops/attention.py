@@ -175,7 +175,8 @@ def attention(
     causal: a query sees no later position; else the window reaches both ways. window: tokens seen, the query's own included. softcap:
     logits are softcap·tanh(logits/softcap). bias: added to the logits, broadcast to [B,N,T,S]. sinks [N]: a logit
     that takes its share of every softmax. dropout: a key and the share of the weights to drop. implementation: None is `xla`, or
-    `eager` where that lacks an option. Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S]."""
+    `eager` where that lacks an option. Returns [B,T,N,H] in q.dtype and, from `eager` alone, the weights [B,N,T,S].
+    ValueError where K does not divide N, or the implementation lacks an option that is asked for."""
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly: the config needs a multiple")
     asked = {"window": window, "softcap": softcap, "bias": bias, "sinks": sinks, "dropout": dropout, "causal": None if causal else False}

@@ -1,6 +1,6 @@
 """Losses in float32, with HF's meaning of labels: -100 is left out.
 
-Axis letters: B rows, T tokens, D hidden, V vocabulary, G groups of devices that hold the same tokens."""
+Axis letters: B rows, T tokens, D hidden, V vocabulary, C labels of a sequence, G groups of devices that hold the same tokens."""
 
 from __future__ import annotations
 

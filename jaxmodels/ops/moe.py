@@ -3,7 +3,8 @@
 Routing turns logits into (weights [..., k], chosen [..., k] int32); `mix_experts` applies the chosen experts. `dense` runs every expert on
 every token, `ragged_dot` sorts tokens by expert and reads only experts that were chosen; they agree to rounding.
 
-Axis letters: S tokens, D hidden, E experts, k experts per token, P = S*k pairs of token and expert, I in, O out."""
+Axis letters: S tokens, D hidden, E experts, k experts per token, P = S*k pairs of token and expert, I in, O out; x [B,T,D] over a mesh
+is S = B*T tokens; M rows of a tile."""
 
 from __future__ import annotations
 

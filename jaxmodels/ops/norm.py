@@ -1,4 +1,6 @@
-"""Normalisations, computed in float32 and rounded where torch rounds. A gradient keeps what they are given and computes them again."""
+"""Normalisations, computed in float32 and rounded where torch rounds. A gradient keeps what they are given and computes them again.
+
+Axis letters: D hidden."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ left out by segment ids, 0 for padding. Padding sees padding, itself at least, a
 should count tokens: rows with padding between their tokens are put in order before it, and where positions jump, as from one packed
 document to the next, the following tokens are a segment of their own.
 
-Axis letters: B batch, T tokens, N query heads, K kv heads, G = N/K, H head dim (padded to a multiple of 128, as the length is)."""
+Axis letters: B batch, T queries, S keys, N query heads, K kv heads, G = N/K, H head dim (padded to a multiple of 128, as the length is)."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ class EvalPrediction:
 
 
 class PredictionOutput(NamedTuple):
+    """What `Trainer.predict` returns, as HF's: arrays [rows, …] or tuples of them, and metrics by name."""
+
     predictions: Any
     label_ids: Any
     metrics: dict[str, float]
