@@ -167,7 +167,7 @@ class ProgressCallback(TrainerCallback):
 
 def readable(logs: Mapping[str, Any], state: TrainerState) -> str:
     """A record of a log in one line, such as
-    step 120/1000  epoch 0.48  loss 2.3452  lr 3e-05  grad 1.23  12,345 tokens/s  3.2 TFLOP/s  MFU 41.2 %  device 12.1 GB  0:12:34 left"""
+    step 120/1000  epoch 0.48  loss 2.3452  lr 3e-05  grad 1.23  12,345 tokens/s  …  device 12.1 GB  host 2.0 GB  0:12:34 left"""
     forms = {
         "epoch": lambda v: f"epoch {v:.2f}",
         "loss": lambda v: f"loss {v:.4f}",
