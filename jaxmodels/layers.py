@@ -86,6 +86,8 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """x over its root mean square along the last axis, times `weight` (arXiv:1910.07467)."""
+
     eps: float
     axis: str | None = "embed"
 

@@ -238,6 +238,8 @@ def classifier_dropout(config: Any) -> float:
 
 
 class TokenClassification(Head):
+    """Logits [B,T,num_labels] of every token."""
+
     head_name: ClassVar[str] = "score"  # of the attribute and in the checkpoint
 
     def setup(self) -> None:
@@ -264,6 +266,8 @@ class TokenClassification(Head):
 
 
 class QuestionAnswering(Head):
+    """Logits [B,T] of where the answer starts, and of where it ends."""
+
     def setup(self) -> None:
         self.add_base()
         self.qa_outputs = Linear(2, (None, "embed"), use_bias=True, init_std=self.config.initializer_range)

@@ -122,6 +122,8 @@ def splash(*args: Any, **kwargs: Any) -> tuple[jax.Array, Weights]:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
+    """What `attention` may call by a name."""
+
     function: Callable[..., tuple[jax.Array, Weights]]
     options: tuple[str, ...] = ()  # the keywords it takes beside the six arguments: window, softcap, bias, sinks, causal, dropout, rules
 

@@ -12,6 +12,7 @@ from jax import lax
 
 
 def kv_axes(heads_first: bool) -> tuple[str | None, ...]:
+    """The logical axes of a memory, [B,K,S,H] with the heads first, else [B,S,K,H]."""
     return ("batch", "act_kv_heads", None, None) if heads_first else ("batch", None, "act_kv_heads", None)
 
 
@@ -21,10 +22,12 @@ def swap_heads(x: jax.Array, heads_first: bool) -> jax.Array:
 
 
 def at_layer(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """One layer's of [L, ...]; without a number x is one layer's."""
     return x if layer is None else lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
 
 def put_layer(x: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """x with `new` for that layer, at_layer's inverse."""
     return new.astype(x.dtype) if layer is None else lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), layer, 0)
 
 
@@ -41,6 +44,7 @@ def write_slots(x: jax.Array, new: jax.Array, start: Any, heads_first: bool, lay
 
 
 def resized(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
+    """x cut, or filled up with `fill`, at the axis' end."""
     if size <= x.shape[axis]:
         return lax.slice_in_dim(x, 0, size, axis=axis)
     pad = [(0, 0, 0)] * x.ndim

@@ -45,6 +45,8 @@ class PredictionOutput(NamedTuple):
 
 
 class EvalLoopOutput(NamedTuple):
+    """PredictionOutput, and how many examples there were."""
+
     predictions: Any
     label_ids: Any
     metrics: dict[str, float]

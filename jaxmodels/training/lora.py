@@ -277,6 +277,7 @@ def with_adapter(params: Any, adapter: Mapping[str, Any]) -> Tree:
 
 
 def without_adapter(params: Any) -> Tree:
+    """`params` without any adapter's leaves."""
     return unflatten({name: leaf for name, leaf in flatten(params).items() if not name.rpartition(".")[2].startswith("lora_")})
 
 
