@@ -13,7 +13,7 @@ import transformers
 from cases import Case
 from tester import FamilyTester
 
-from jaxmodels import layers, model
+from jaxmodels import layers, model, step
 from jaxmodels.cache import KV, Cache
 from jaxmodels.convert import parity
 from jaxmodels.models import bert
@@ -100,27 +100,27 @@ def wrong_theta(patch):
     def change(original, parameters, *rest):
         return original(dataclasses.replace(parameters, rope_theta=1.5 * parameters.rope_theta), *rest)
 
-    wrap(patch, layers, "inverse_frequencies", change)
+    wrap(patch, step, "inverse_frequencies", change)
 
 
 def swapped_halves(patch):
-    wrap(patch, layers, "rotate", lambda original, x, table, *rest: original(x, (table[0], -table[1]), *rest))
+    wrap(patch, step, "rotate", lambda original, x, table, *rest: original(x, (table[0], -table[1]), *rest))
 
 
 def interleaved_pairs(patch):
-    wrap(patch, layers, "rotate", lambda original, x, table, interleaved=False: original(x, table, not interleaved))
+    wrap(patch, step, "rotate", lambda original, x, table, interleaved=False: original(x, table, not interleaved))
 
 
 def unturned_keys(patch):
     turns = iter(range(10**6))
-    wrap(patch, layers, "rotate", lambda original, x, *rest: x if next(turns) % 2 else original(x, *rest))
+    wrap(patch, step, "rotate", lambda original, x, *rest: x if next(turns) % 2 else original(x, *rest))
 
 
 def table_in_bfloat16(patch):
     def change(original, frequencies, scale, positions, dtype):
         return tuple(x.astype(dtype) for x in original(frequencies, scale, positions, jnp.bfloat16))
 
-    wrap(patch, layers, "rope_table", change)
+    wrap(patch, step, "rope_table", change)
 
 
 def sees_the_next_token(patch):
@@ -141,7 +141,7 @@ def forgets_far_tokens(patch):
 
 
 def no_scale(patch):
-    wrap(patch, layers, "attention", lambda original, *args, **kwargs: original(*args, **kwargs | {"scale": 1.0}))
+    wrap(patch, step, "attention", lambda original, *args, **kwargs: original(*args, **kwargs | {"scale": 1.0}))
 
 
 def heads_in_the_wrong_groups(patch):
@@ -152,7 +152,7 @@ def heads_in_the_wrong_groups(patch):
         out, weights = original(q[:, :, order], k, v, *rest, **kwargs)
         return out[:, :, np.argsort(order)], weights
 
-    wrap(patch, layers, "attention", change)
+    wrap(patch, step, "attention", change)
 
 
 def wrong_eps(patch):
@@ -312,15 +312,15 @@ def test_a_wrong_cache_is_caught(plain, monkeypatch, mutation):
 
 def length_of_the_batch(patch):
     """As HF: the longest row decides for all."""
-    wrap(patch, layers, "inverse_frequencies", lambda original, p, d, lengths: original(p, d, jnp.full_like(lengths, lengths.max())))
+    wrap(patch, step, "inverse_frequencies", lambda original, p, d, lengths: original(p, d, jnp.full_like(lengths, lengths.max())))
 
 
 def one_token_early(patch):
-    wrap(patch, layers, "inverse_frequencies", lambda original, p, d, lengths: original(p, d, lengths + 1))
+    wrap(patch, step, "inverse_frequencies", lambda original, p, d, lengths: original(p, d, lengths + 1))
 
 
 def attention_factor_lost(patch):
-    wrap(patch, layers, "inverse_frequencies", lambda original, *args: (original(*args)[0], 1.0))
+    wrap(patch, step, "inverse_frequencies", lambda original, *args: (original(*args)[0], 1.0))
 
 
 def test_a_wrong_length_is_caught(longrope, monkeypatch):
@@ -349,7 +349,7 @@ def no_gradient_through_keys(patch):
     def change(original, q, k, *rest, **kwargs):
         return original(q, jax.lax.stop_gradient(k), *rest, **kwargs)
 
-    wrap(patch, layers, "attention", change)
+    wrap(patch, step, "attention", change)
 
 
 @pytest.mark.parametrize("mutation", [loss_of_the_same_token, loss_counts_padding, no_gradient_through_keys], ids=lambda f: f.__name__)
