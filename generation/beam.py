@@ -45,7 +45,7 @@ class Hypotheses:
 
     def append(self, tokens: jax.Array, rows: jax.Array, scores: jax.Array, new: jax.Array) -> Hypotheses:
         """Their continuations by tokens [B,M] in column `new`, as rows [B,M] of the state, with new scores."""
-        put = lambda whole, column: lax.dynamic_update_index_in_dim(whole, column, new, 2)
+        put = lambda whole, column: lax.dynamic_update_index_in_dim(whole, column.astype(whole.dtype), new, 2)
         return Hypotheses(put(self.tokens, tokens), put(self.beams, rows), scores, self.there)
 
     def best(self, n: int) -> Hypotheses:
@@ -114,7 +114,7 @@ class BeamSearch:
         state, rows = self._choose(dataclasses.replace(state, cache=cache), logits)
         apart = (running.tokens != running.tokens[:, :1]).any((0, 1))  # [N]
         stop = cache.index
-        start = jnp.where(apart.any(), stop - sequences.new + apart.argmax(), stop)
+        start = jnp.where(apart.any(), stop - sequences.new + apart.argmax().astype(jnp.int32), stop)
         return dataclasses.replace(state, cache=cache.reorder(rows, start, stop))
 
     def _choose(self, state: State, logits: jax.Array) -> tuple[State, jax.Array]:

@@ -154,7 +154,7 @@ class Tries:
         on = child(jnp.maximum(progress.node, 0))  # [...]
         roots = child(jnp.broadcast_to(jnp.arange(Q), progress.pending.shape))  # [..., Q]
         ranks = jnp.where(progress.pending & (roots >= 0), progress.rank, FAR)
-        begun = ranks.argmin(-1)
+        begun = ranks.argmin(-1).astype(jnp.int32)
         begins = ~busy & (ranks.min(-1) < FAR)
         node = jnp.where(busy, on, jnp.where(begins, jnp.take_along_axis(roots, begun[..., None], -1)[..., 0], -1))
         says = jnp.where(busy, progress.current, jnp.where(begins, begun, -1))

@@ -76,7 +76,7 @@ class DiverseBeamSearch(OlderBeamSearch):
         B, M = R // self.copies, self.copies // G
         log_p = jax.nn.log_softmax(logits)
         apart = lambda x: x.reshape(B, G, *x.shape[1:]) if x.ndim else x
-        beams, used = jax.tree.map(apart, state.extra), jnp.zeros((B, V))
+        beams, used = jax.tree.map(apart, state.extra), jnp.zeros((B, V), jnp.float32)
         scores, groups = jnp.zeros_like(log_p), []
         for g in range(G):
             first = jnp.arange(B) * self.copies + g * M

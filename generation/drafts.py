@@ -69,7 +69,7 @@ class PromptLookup:
 
         earlier = jnp.broadcast_to(jnp.arange(W) < W - 1, ids.shape)
         _, sizes = lax.fori_loop(0, jnp.minimum(self.ngram, W), narrow, (earlier, jnp.zeros(ids.shape, jnp.int32)))
-        at = sizes.argmax(1) + 1  # the first of the longest
+        at = sizes.argmax(1).astype(jnp.int32) + 1  # the first of the longest
         left = jnp.minimum(W - at, assisted.room(state))
         counts = jnp.where(live & (sizes.max(1) > 0), jnp.clip(left, 0, self.num), 0)
         tokens = jnp.take_along_axis(s.tokens, jnp.minimum(at[:, None] + jnp.arange(K), W - 1), 1)

@@ -324,3 +324,16 @@ def test_bad_options_say_what_is_wrong_before_compiling(options, words):
 def test_options_without_effect_are_named():
     with pytest.warns(UserWarning, match=r"top_p, length_penalty: without effect as do_sample=False, num_beams=1"):
         generate(*ours(), np.full((2, 9), 5), max_new_tokens=4, top_p=0.5, length_penalty=2.0)
+
+
+GROUPS = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}
+PHRASES = {"num_beams": 3, "force_words_ids": [[5, 6], [7]]}
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, GROUPS, PHRASES, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_every_strategy_is_traced_in_x64(options):
+    model, params = ours()
+    ids, mask = (np.asarray(x[1:3], np.int64) for x in prompts())
+    with jax.enable_x64(True):
+        out = jax.eval_shape(lambda params, ids: generate(model, params, ids, mask, max_new_tokens=5, **options).sequences, params, ids)
+    assert out.shape == (2, T + 5) and out.dtype == np.int32
