@@ -161,9 +161,9 @@ class CausalLM(Head):
         inputs: what else the base model takes, such as token_type_ids.
 
         segment_ids [B,T], instead of attention_mask: several documents in a row, 0 for padding and a number for each document; the first
-        token of a document is nobody's label. loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return; the
-        loss is then the sum over labels divided by num_items_in_batch [], by default how many labels count here, or with
-        by_row a sum for every row, [B]."""
+        token of a document is nobody's label. The loss is the sum over labels divided by num_items_in_batch [], by default how many labels
+        count here. loss_options: smoothing, z-loss, and a loss in chunks, which leaves no logits to return, or with by_row a sum for
+        every row, [B]."""
         if segment_ids is not None:
             attention_mask, labels = pack(segment_ids, attention_mask, labels)  # type: ignore[assignment]
         out = self.run_base(
@@ -176,7 +176,7 @@ class CausalLM(Head):
         logits = self.head(x[:, -logits_to_keep:])
         if self.rules is not None:
             logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutput(loss, logits, out.cache, out.hidden_states, out.attentions)
 
     def _training_loss(self, x: jax.Array, labels: jax.Array, options: LossOptions, num_items: jax.Array | None) -> jax.Array:

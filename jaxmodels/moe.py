@@ -114,7 +114,7 @@ class MoeCausalLM(CausalLM):
             logits = self.head(x[:, -logits_to_keep:])
             if self.rules is not None:
                 logits = self.rules.constrain(logits, ("batch", "seq", "act_vocab"))
-            loss = None if labels is None else causal_lm_loss(logits, labels)
+            loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         if out.router_logits and self.router_loss:
             packed = isinstance(attention_mask, Packed)
             mask = attention_mask.segment_ids > 0 if packed else attention_mask  # type: ignore[union-attr]

@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 from cases import Case, close
 from tester import FamilyTester, VariantTester
 
+from jaxmodels.auto import from_pretrained
 from jaxmodels.cache import init_cache
 from jaxmodels.layers import attend
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
@@ -138,3 +140,15 @@ def test_equal_layers_are_traced_once_a_program(monkeypatch, remat):
     assert traced == ["a", "b"]
     np.testing.assert_allclose(once, model.apply({"params": params}, ids).logits, atol=1e-5)
     assert len(traced) == 2 + (1 if remat else 5)  # outside of a program each layer runs by itself
+
+
+@pytest.mark.parametrize("kind", [transformers.LlamaConfig, transformers.MixtralConfig])
+def test_loss_over_a_number_of_items_of_the_callers(kind, tmp_path):
+    config = kind(vocab_size=263, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = from_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 263, (2, 7))
+    labels = np.where(ids % 3, ids, -100)
+    wanted = theirs(torch.tensor(ids), labels=torch.tensor(labels), num_items_in_batch=5).loss.item()
+    assert float(model.apply({"params": params}, ids, labels=labels, num_items_in_batch=5).loss) == pytest.approx(wanted, rel=1e-5)

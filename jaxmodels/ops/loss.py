@@ -20,18 +20,19 @@ IGNORE = -100
 Head = Callable[[jax.Array], jax.Array]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over labels [...] other than -100 of -log softmax(logits [..., V])[label]; nan when there is none, as in torch."""
+def cross_entropy(logits: jax.Array, labels: jax.Array, num_items: jax.Array | None = None) -> jax.Array:
+    """Mean over labels [...] other than -100 of -log softmax(logits [..., V])[label]; nan when there is none, as in torch. With
+    num_items [], their sum divided by it."""
     logits = logits.astype(jnp.float32)
     real = labels != IGNORE
     target = jnp.take_along_axis(logits, jnp.where(real, labels, 0)[..., None], -1)[..., 0]
     losses = jax.nn.logsumexp(logits, -1) - target
-    return jnp.sum(losses * real) / jnp.sum(real)
+    return jnp.sum(losses * real) / (jnp.sum(real) if num_items is None else num_items)
 
 
-def causal_lm_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def causal_lm_loss(logits: jax.Array, labels: jax.Array, num_items: jax.Array | None = None) -> jax.Array:
     """Cross-entropy of logits [B,T,V] against the following label of labels [B,T]."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:])
+    return cross_entropy(logits[:, :-1], labels[:, 1:], num_items)
 
 
 @dataclasses.dataclass(frozen=True)
