@@ -39,6 +39,8 @@ def read_prompt(input_ids: Any, attention_mask: Any, config: GenerationConfig, v
     if ids.ndim != 2:
         raise ValueError(f"input_ids must be integers [B,T]; found shape {ids.shape}")
     B, T = ids.shape
+    if B == 0:
+        raise ValueError(f"input_ids of shape {ids.shape} have no rows; there is nothing to continue")
     if attention_mask is not None:
         real = xp.asarray(attention_mask if traced else to_host(attention_mask)) != 0
         if real.ndim == 2 and cache is not None:

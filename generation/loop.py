@@ -143,6 +143,9 @@ def generate(
     given = jax.tree.leaves((params, input_ids, attention_mask, key))
     together = spans(model.rules) and not any(isinstance(x, jax.core.Tracer) for x in given)
     with telling("generate", together):
+        if not isinstance(generation_config, GenerationConfig | None):
+            found = f"{type(generation_config).__module__}.{type(generation_config).__name__}"
+            raise ValueError(f"generation_config is a {found}; make a jaxmodels.GenerationConfig of it, with from_dict(a dictionary)")
         config = (generation_config or GenerationConfig()).replace(**overrides).filled(model.config)
         if config.do_sample and not hasattr(key, "dtype"):
             raise ValueError(f"do_sample=True draws from a PRNG key; found key={key!r}. Pass key=jax.random.key(0), or another seed")

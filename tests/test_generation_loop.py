@@ -250,6 +250,8 @@ def test_sharded_equals_one_device():
         ({"input_ids": np.full((2, 9), VOCAB)}, f"run from {VOCAB}"),
         ({"input_ids": np.zeros(9, int)}, r"\[B,T\]"),
         ({"input_ids": np.zeros((2, 9))}, "integer"),
+        ({"input_ids": np.zeros((0, 9), int)}, r"\(0, 9\) have no rows"),
+        ({"generation_config": {"max_new_tokens": 4}}, r"builtins\.dict.*from_dict"),
         ({"attention_mask": np.ones((2, 8))}, r"\[B,T\] = \[2,9\]"),
         ({"attention_mask": np.eye(2, 9) * [[1], [0]]}, r"rows \[1\].*no token"),
     ],
