@@ -179,6 +179,24 @@ def test_prompts_that_are_none(checkpoint, capsys, monkeypatch, line, message):
     assert "standard input holds no prompt" in run(capsys, "generate", "--model", checkpoint)[2]
 
 
+def test_prompts_from_windows(checkpoint, capsys, monkeypatch, tmp_path):
+    text = b"\xef\xbb\xbfdef\r\n\r\nfor\r\n"
+    (tmp_path / "prompts").write_bytes(text)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", newline="\n"))  # as CPython opens it
+    for more in ([], ["--file", tmp_path / "prompts"]):
+        _, out, _ = run(capsys, "generate", "--model", checkpoint, "--max-new-tokens", 1, "--jsonl", "-", *more)
+        assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["def", "for"]
+    (tmp_path / "prompts").write_bytes(b"\xff")
+    assert "prompts holds bytes that are no UTF-8" in run(capsys, "generate", "--file", tmp_path / "prompts")[2]
+
+
+def test_a_reader_that_has_enough():
+    command = subprocess.Popen([sys.executable, "-m", "jaxmodels.cli.main", "families"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
+    command.stderr.close()
+
+
 @pytest.mark.parametrize(
     "args",
     [

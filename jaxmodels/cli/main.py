@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -155,7 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     module, function = args.run.split(":")
     try:
-        return getattr(importlib.import_module(f"jaxmodels.cli.{module}"), function)(args) or 0
+        status = getattr(importlib.import_module(f"jaxmodels.cli.{module}"), function)(args) or 0
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough; what is left must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"jaxmodels: {error}", file=sys.stderr)
         return 1

@@ -50,10 +50,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return args.prompts
     if args.file is None and sys.stdin.isatty():
         raise ValueError("no prompt: give one as an argument, in --file, or on standard input")
-    with open(args.file, encoding="utf-8") if args.file else contextlib.nullcontext(sys.stdin) as source:
-        lines = [line.rstrip("\n") for line in source if line.strip()]
+    where = args.file or "standard input"
+    try:
+        with open(args.file, encoding="utf-8") if args.file else contextlib.nullcontext(sys.stdin) as source:
+            lines = [line.removeprefix("\ufeff").rstrip("\r\n") for line in source if line.strip("\ufeff \t\r\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} holds bytes that are no UTF-8 ({error}); convert the text first") from None
     if not lines:
-        raise ValueError(f"{args.file or 'standard input'} holds no prompt: expected one per line, or JSON lines with a `prompt`")
+        raise ValueError(f"{where} holds no prompt: expected one per line, or JSON lines with a `prompt`")
     return [_prompt_of(line, n) for n, line in enumerate(lines, 1)]
 
 
@@ -156,6 +160,6 @@ def chat(args: argparse.Namespace) -> None:
 
 def _ask() -> str:
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return input("> " if sys.stdin.isatty() else "").rstrip("\r")
     except EOFError:
         return ""
