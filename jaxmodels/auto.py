@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import Config, read_json, thaw
+from jaxmodels.config import Config, read_dtype, read_json, thaw
 from jaxmodels.family import Family
 from jaxmodels.model import Model
 from jaxmodels.params import Tree, abstract_params, flatten, init_params, unflatten
@@ -73,6 +73,8 @@ FAMILIES: dict[str, str | Family] = {
     "t5": "jaxmodels.models.t5",
     "xglm": "jaxmodels.models.xglm",
 }
+LABELS = ("id2label", "label2id")
+OTHERWISE = {"torch_dtype": "dtype", "device_map": "mesh and rules", "config": "the fields to replace, each by its name"}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "variant", "local_files_only")
 
 
@@ -133,6 +135,7 @@ class _AutoClass:
     @classmethod
     def from_config(cls, config: Config, *, key: jax.Array, dtype: Any = jnp.float32, **fields: Any) -> tuple[Model, Tree]:
         """The model of this task and parameters of `dtype` initialised from `key`; fields as of Model (scan_layers, remat, rules, …)."""
+        dtype = read_dtype(dtype)
         model = cls.class_for(config)(config, **{"dtype": dtype, **fields})
         return model, init_params(model, key, dtype)
 
@@ -213,7 +216,7 @@ def from_pretrained(
     task: an auto class, or a family's class. dtype: of the parameters and the computation; "auto" keeps every tensor as stored
     and computes in the dtype that holds most of the bytes. compute_dtype overrides the second. mesh, rules: place every
     parameter as it is read (a Rules value or a preset's name, `fsdp+tensor` by default). key: for a head that the checkpoint
-    lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3.
+    lacks (default jax.random.key(0)). Other options replace config fields, e.g. num_labels=3 or id2label.
 
     Over a mesh with devices of several processes every process makes the same call. Raises CheckpointError (a ValueError) for a bad
     checkpoint, ValueError for a bad config or for processes that disagree, ProcessError where another process failed."""
@@ -245,10 +248,10 @@ def from_pretrained(
         cls = task.class_for(config) if issubclass(task, _AutoClass) else task
         where = weights_at(path, directory, hub.get("subfolder"))
         source = dequantized(read_checkpoint(where, variant=hub.get("variant")), config)
-        stored = main_dtype(source) if dtype == "auto" else jnp.dtype(dtype)
+        stored = main_dtype(source) if dtype == "auto" else read_dtype(dtype)
         model = cls(
             config.matched(source),
-            dtype=stored if compute_dtype is None else jnp.dtype(compute_dtype),
+            dtype=stored if compute_dtype is None else read_dtype(compute_dtype, "compute_dtype"),
             scan_layers=scan_layers,
             remat=remat,
             attn_implementation=attn_implementation,
@@ -326,11 +329,17 @@ def read_config(directory: Path, overrides: Mapping[str, Any] = {}) -> Config:
     path = directory / "config.json"
     values = text_part(read_json(path))
     cls = find_family(values.get("model_type"), str(path)).config
-    unknown = [name for name in overrides if name not in cls.field_names()]
+    unknown = [name for name in overrides if name not in (*cls.field_names(), *LABELS)]
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no option here and no field of {cls.__name__} ({', '.join(cls.field_names())})")
-    if overrides.get("num_labels", 0) != len(values.get("id2label") or ()):
-        values = {k: v for k, v in values.items() if "num_labels" not in overrides or k not in ("id2label", "label2id")}
+        hints = "".join(f"; instead of {name} pass {OTHERWISE[name]}" for name in unknown if name in OTHERWISE)
+        raise ValueError(f"{', '.join(unknown)}: no option here and no field of {cls.__name__} ({', '.join(cls.field_names())}){hints}")
+    given = overrides.get("id2label") or {}
+    named = given or values.get("id2label") or {}
+    count = overrides.get("num_labels", len(named))
+    if given and count != len(given):
+        raise ValueError(f"num_labels is {count}, and id2label names {len(given)}: leave out one of them")
+    if given or count != len(named):
+        values = {k: v for k, v in values.items() if k not in LABELS} | {"label2id": {name: int(i) for i, name in given.items()}}
     if (directory / "generation_config.json").is_file():
         values["generation_config"] = read_json(directory / "generation_config.json")
     try:

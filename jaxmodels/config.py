@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 from jaxmodels.cache import KVSpec, SlidingKVSpec
@@ -45,6 +46,16 @@ class Config:
     attn_implementation: str | None = None
     generation_config: Mapping[str, Any] = FrozenDict()  # the contents of generation_config.json
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of every class of a classifier."""
+        named = self.extra.get("id2label") or {}
+        return {i: named.get(str(i), named.get(i, f"LABEL_{i}")) for i in range(self.num_labels)}
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: i for i, name in self.id2label.items()}
 
     @property
     def layer_kinds(self) -> tuple[Hashable, ...]:
@@ -86,7 +97,8 @@ class Config:
             length: Any = fields["max_position_embeddings"].default if "max_position_embeddings" in fields else 2048
             values = _read_rope(values, fields["rope_parameters"].default, length)
         for name in ("dtype", "torch_dtype"):
-            _check_dtype(cls, name, values.get(name))
+            if isinstance(values.get(name), str) and values[name] != "auto":
+                read_dtype(values[name], f"{name} in the config of {cls.__name__}")
         absent = [
             n
             for n, f in fields.items()
@@ -238,12 +250,15 @@ def _freeze(value: Any) -> Any:
     return FrozenDict({k: _freeze(v) for k, v in value.items()}) if isinstance(value, Mapping) else value
 
 
-def _check_dtype(cls: type, name: str, value: Any) -> None:
-    if isinstance(value, str) and value != "auto":
-        try:
-            jnp.dtype(value.removeprefix("torch."))
-        except TypeError:
-            raise ValueError(f"{name} in the config of {cls.__name__} is {value!r}; expected float32, bfloat16, float16, …") from None
+def read_dtype(value: Any, name: str = "dtype") -> np.dtype:
+    """A floating dtype of JAX's, numpy's or torch's, or its name; ValueError for another one."""
+    try:
+        found = None if value is None else jnp.dtype(str(value).removeprefix("torch.") if str(value).startswith("torch.") else value)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"{name} is {value!r}; expected float32, bfloat16, float16, …")
+    return found
 
 
 def _check(cls: type, name: str, kind: Any, value: Any) -> None:

@@ -4,10 +4,13 @@ import json
 
 import jax
 import pytest
+import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jaxmodels.config import Config, read_json
+from jaxmodels.assets import TINY_PYTHON
+from jaxmodels.auto import AutoConfig, AutoModelForCausalLM
+from jaxmodels.config import Config, read_dtype, read_json
 from jaxmodels.models.llama import LlamaConfig, LlamaForCausalLM
 from jaxmodels.ops.rope import RopeParameters, inverse_frequencies
 
@@ -158,3 +161,26 @@ def test_unreadable_files(tmp_path):
 def test_rope_turns_pairs():
     with pytest.raises(ValueError, match=r"head_dim 7 with partial_rotary_factor 1.0 has 7 to turn"):
         inverse_frequencies(RopeParameters(), 7)
+
+
+def test_named_classes_as_an_option():
+    names = {0: "no", 1: "yes", 2: "maybe"}
+    config = AutoConfig.from_pretrained(TINY_PYTHON, id2label=names)
+    assert config.num_labels == 3 and config.id2label == names and config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert transformers.LlamaConfig(**config.to_dict()).label2id == config.label2id
+    assert config.replace(num_labels=2).id2label == {0: "no", 1: "yes"} and LlamaConfig.from_dict(small()).id2label == {
+        0: "LABEL_0",
+        1: "LABEL_1",
+    }
+    with pytest.raises(ValueError, match="num_labels is 2, and id2label names 3"):
+        AutoConfig.from_pretrained(TINY_PYTHON, id2label=names, num_labels=2)
+
+
+def test_dtypes_as_options():
+    key = jax.random.key(0)
+    assert LlamaForCausalLM(LlamaConfig.from_dict(small()), dtype=read_dtype(torch.float16)).dtype == "float16"
+    for dtype in ("bf16", "int8", torch.int8, None):
+        with pytest.raises(ValueError, match=r"dtype is .*; expected float32"):
+            AutoModelForCausalLM.from_config(LlamaConfig.from_dict(small()), key=key, dtype=dtype)
+    with pytest.raises(ValueError, match="instead of torch_dtype pass dtype"):
+        AutoConfig.from_pretrained(TINY_PYTHON, torch_dtype="float32")
