@@ -1,6 +1,7 @@
 """Products, norms, activations and embeddings against torch, in both dtypes, over layouts and odd shapes."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,3 +167,10 @@ def test_an_id_out_of_range_reads_no_neighbour():
     look = jax.jit(lambda ids: layer.apply(params, ids, jnp.float32))
     np.testing.assert_array_equal(look(jnp.asarray([[4, 0]])), [[[12, 13, 14], [0, 1, 2]]])
     assert jnp.isnan(look(jnp.asarray([[5, -1]]))).all()
+
+
+def test_linear_of_a_symbolic_number_of_rows():
+    (rows,) = jax.export.symbolic_shape("rows")
+    x, weight = np.ones((3, 4), np.float32), np.arange(8, dtype=np.float32).reshape(2, 4)
+    exported = jax.export.export(jax.jit(linear))(jax.ShapeDtypeStruct((rows, 4), x.dtype), weight)
+    np.testing.assert_array_equal(exported.call(x, weight), x @ weight.T)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ FEW_ROWS = 256
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x [..., I] times weight [O, I] transposed, plus bias [O]: torch.nn.functional.linear. Output [..., O] in x.dtype."""
     weight = weight.astype(x.dtype)
-    rows = math.prod(x.shape[:-1])
+    rows: Any = math.prod(x.shape[:-1])
+    if not isinstance(rows, int):
+        rows = FEW_ROWS + 1  # a symbolic size of jax.export's
     if rows == 1 and x.dtype == jnp.bfloat16:
         # XLA:CPU computes one bfloat16 row at a fourteenth of the speed of two.
         y = _by_platform(x, weight, _one_row, _product)
