@@ -151,6 +151,13 @@ def test_words_pairs_and_overflow(pairs):
         assert mine["overflow_to_sample_mapping"].tolist() == reference["overflow_to_sample_mapping"]
 
 
+def test_targets(pairs):
+    for ours, theirs in pairs.values():
+        for sources in (["a b c", "d"], None):
+            options = {"text_target": ["e f", "g h i j"], "truncation": True, "max_length": 3}
+            assert dict(ours(sources, **options, **LISTS)) == dict(theirs(sources, **options))
+
+
 def test_from_tokens_to_characters_and_words(pairs):
     ours, theirs = pairs["bert"]
     text, pair = "She sells naïve 日本語 sea-shells", "by the sea"

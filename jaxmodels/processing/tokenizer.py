@@ -121,9 +121,10 @@ class Tokenizer(Vocabulary, ChatTemplates):
 
     def __call__(
         self,
-        text: str | Sequence[Any],
+        text: str | Sequence[Any] | None = None,
         text_pair: str | Sequence[Any] | None = None,
         *,
+        text_target: str | Sequence[Any] | None = None,
         add_special_tokens: bool = True,
         padding: bool | str = False,
         truncation: bool | str | None = None,
@@ -146,6 +147,7 @@ class Tokenizer(Vocabulary, ChatTemplates):
         Args:
             text: a string, or a list of strings (or of pairs of strings). With `is_split_into_words` a text is a list of words.
             text_pair: the second text, or one for each text of the batch.
+            text_target: what is to be said of `text`, whose ids become `labels`, encoded by the same options; alone, as `text`.
             add_special_tokens: write the special tokens that the model expects around a text.
             padding: True or "longest" (to the longest row), "max_length" (to `max_length`, else model_max_length), False.
             truncation: True or "longest_first", "only_first", "only_second" (which text of a pair is cut); cuts to `max_length`,
@@ -157,6 +159,14 @@ class Tokenizer(Vocabulary, ChatTemplates):
             split_special_tokens: True takes special tokens in the text as ordinary text.
 
         Raises ValueError if rows of different lengths should make an array, or if there is no padding token to pad with."""
+        if text_target is not None:
+            options = {name: value for name, value in locals().items() if name not in ("self", "text", "text_pair", "text_target")}
+            targets = self(text_target, **options)
+            if text is None:
+                return targets
+            batch = self(text, text_pair, **options)
+            batch["labels"] = targets["input_ids"]
+            return batch
         batched = isinstance(text, (list, tuple)) and (not is_split_into_words or (len(text) > 0 and not isinstance(text[0], str)))
         inputs = read_texts(text, text_pair, batched, is_split_into_words)
         at_least_0(stride=stride)
