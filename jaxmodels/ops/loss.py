@@ -204,9 +204,7 @@ def in_text(position: jax.Array, T: int, mask: jax.Array | None = None) -> jax.A
     return (position < T) & (jnp.take_along_axis(mask, jnp.minimum(position, T - 1)[:, None], 1)[:, 0] > 0)
 
 
-def span_loss(
-    start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
+def span_loss(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Mean of the two cross-entropies of logits [B,T] against positions [B]; positions outside the text are left out. Padding, where
     mask [B,T] is 0, is nobody's choice."""
     T = start_logits.shape[-1]
