@@ -288,5 +288,5 @@ class QuestionAnswering(Head):
         out = self.run_base(input_ids, attention_mask, position_ids, inputs_embeds, None, output_hidden_states, output_attentions, **inputs)
         start, end = jnp.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
         wanted = start_positions is not None and end_positions is not None
-        loss = span_loss(start, end, start_positions, end_positions) if wanted else None  # type: ignore[arg-type]
+        loss = span_loss(start, end, start_positions, end_positions, attention_mask) if wanted else None  # type: ignore[arg-type]
         return QuestionAnsweringOutput(loss, start, end, out.hidden_states, out.attentions)

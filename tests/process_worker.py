@@ -18,11 +18,19 @@ import jaxmodels as jm
 from jaxmodels.cli.train import referenced
 from jaxmodels.convert import files, orbax, remote, sharded
 from jaxmodels.sharding import global_batch, process_rows, process_share, to_host
-from jaxmodels.training import DataCollatorForPreference, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_last_checkpoint
+from jaxmodels.training import (
+    DataCollatorForPreference,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    get_last_checkpoint,
+)
 from jaxmodels.training.batches import Stream
 from jaxmodels.training.checkpoints import Checkpoints, describe, restore
 from jaxmodels.training.data import Examples, mixture, packed_batches
 from jaxmodels.training.lora import LoraConfig, adapter_of, add_lora, frozen_by, load_adapter, save_adapter
+from jaxmodels.training.objectives import dpo_loss
 
 MESH = {"fsdp": 4, "tensor": 2}
 PROMPTS = np.random.default_rng(0).integers(3, 97, (4, 12)).astype(np.int32)
@@ -186,8 +194,8 @@ def trained(directory, path, mesh):
     ragged = [{name: row[: 12 - 3 * (i % 4)] for name, row in example.items()} for i, example in enumerate(rows)]
     options = {"num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
     options |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "include_num_input_tokens_seen": "non_padding"}
-    options |= {"predict_with_generate": True, "generation_max_length": 16}
-    trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **options), collated, train_dataset=ragged)
+    generating = options | {"predict_with_generate": True, "generation_max_length": 16}
+    trainer = Seq2SeqTrainer(model, params, Seq2SeqTrainingArguments(str(directory), **generating), collated, train_dataset=ragged)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     predicted = trainer.predict(rows[:11])
@@ -200,6 +208,19 @@ def trained(directory, path, mesh):
     assert len(list(Path(out).glob("reference-*/logps.safetensors"))) == 1
     kept = referenced(settings, model, trainer.params, None, Examples(pairs, dict))  # read, as there is nothing to collate with
     assert all(np.array_equal(one[name], other[name]) for one, other in zip(found, kept) for name in one)
+    loss, count = dpo_loss()
+    preferring = Trainer(
+        model,
+        trainer.params,
+        TrainingArguments(f"{out} pairs", **options | {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}),
+        DataCollatorForPreference(0),
+        train_dataset=found,
+        eval_dataset=[*found, found[0]],
+        loss=loss,
+        count=count,
+    )
+    preferring.train()  # 5 pairs in batches of 4: what is left over has no labels to be left out by
+    preferred = [line["loss"] for line in preferring.state.log_history if "loss" in line]
     stream = Stream([], labels=["labels"], rules=model.rules).make({"input_ids": np.zeros((4, 12), np.int32)})
     return {
         "resumed": streamed(model.rules, ragged),
@@ -209,6 +230,7 @@ def trained(directory, path, mesh):
         "tokens": [line["num_input_tokens_seen"] for line in trainer.state.log_history if "loss" in line],
         "generated": predicted.predictions,
         "labels": predicted.label_ids,
+        "preferred": [*preferred, preferring.evaluate()["eval_loss"]],  # of 6, which leave a batch over that divides
         "reference": [[one["reference_chosen_logps"], one["reference_rejected_logps"]] for one in found],
     }
 

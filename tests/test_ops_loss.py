@@ -95,3 +95,15 @@ def test_span(start, end):
         return sum(F.cross_entropy(t[..., i], clamp(p), ignore_index=7) for i, p in enumerate((start, end))) / 2
 
     agree(lambda x: span_loss(x[..., 0], x[..., 1], jnp.asarray(start), jnp.asarray(end)), theirs, logits)
+
+
+def test_span_of_padded_rows():
+    """The row's loss without its padding, on either side; a position in the padding is outside."""
+    logits = jnp.asarray(RNG.standard_normal((1, 5, 2)), jnp.float32)
+    wanted = span_loss(logits[..., 0], logits[..., 1], jnp.array([1]), jnp.array([3]))
+    for before, after in ((0, 2), (2, 0)):
+        padded = jnp.pad(logits, ((0, 0), (before, after), (0, 0)), constant_values=3.0)
+        rows, mask = jnp.concatenate([padded, padded]), jnp.pad(jnp.ones((2, 5)), ((0, 0), (before, after)))
+        outside = 6 if after else 0
+        found = span_loss(rows[..., 0], rows[..., 1], jnp.array([1 + before, outside]), jnp.array([3 + before, outside]), mask)
+        assert found == pytest.approx(float(wanted), rel=1e-6)

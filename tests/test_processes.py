@@ -138,7 +138,7 @@ def test_trainers_of_two_processes_do_what_one_does(checkpoint, tmp_path):
             assert found["resumed"].tolist()[:2] == [True, shares] and (shares == 1 or found["resumed"][2] == 2)  # other places in the data
             for key in ("tokens", "generated", "labels"):
                 np.testing.assert_array_equal(found[key], alone[key], key)
-            for key in ("losses", "reference"):
+            for key in ("losses", "reference", "preferred"):
                 np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, err_msg=key)
 
 

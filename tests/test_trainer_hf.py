@@ -40,8 +40,8 @@ def pair(tmp_path, cls, config, auto):
 
 
 def recorder(base, events):
-    """A callback that notes HF's events, those within a step apart."""
-    note = lambda event: lambda self, args, state, control, **kwargs: events.append((event, state.global_step))
+    """A callback that notes HF's events, those within a step apart, and what the control asks for by then."""
+    note = lambda event: lambda self, args, state, control, **kwargs: events.append((event, state.global_step, *vars(control).values()))
     return type("Recorder", (base,), {event: note(event) for event in EVENTS})()
 
 
@@ -177,7 +177,7 @@ def test_the_order_of_events(tmp_path, strategy):
     run_theirs(theirs, tmp_path, data, data[:5], events=wanted, **options)
     args = TrainingArguments(str(tmp_path / "ours"), **COMMON | options | {"disable_tqdm": True})
     Trainer(model, params, args, train_dataset=data, eval_dataset=data[:5], callbacks=[recorder(TrainerCallback, found)]).train()
-    assert found[1:] == wanted and found[0] == ("on_init_end", 0)  # HF's was added after that
+    assert found[1:] == wanted and found[0][:2] == ("on_init_end", 0)  # HF's was added after that
 
 
 @pytest.mark.parametrize(("number", "batch"), [(5, 2), (97, 4), (1000, 3)])

@@ -7,7 +7,7 @@ import numpy as np
 from test_trainer import MODEL, QUIET, data, params_of, train
 
 from jaxmodels.sharding import Rules, make_mesh
-from jaxmodels.training import Trainer, TrainingArguments
+from jaxmodels.training import Trainer, TrainerCallback, TrainingArguments
 from jaxmodels.training.checkpoints import checkpoints_in, flat_state
 from jaxmodels.training.run import Run
 from jaxmodels.training.step import create_train_state
@@ -74,3 +74,17 @@ def test_the_best_stays_also_where_the_directory_is_moved(tmp_path):
     assert again.state.best_global_step == best and list(checkpoints_in(tmp_path / "now")) == [best, 6]
     assert again.state.best_model_checkpoint == str(tmp_path / "now" / f"checkpoint-{best}")
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(made.params), jax.tree.leaves(again.params)))
+
+
+class Eager(TrainerCallback):
+    """Saves after every step, also that which ends an epoch, before its evaluation."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+def test_the_best_may_have_been_saved_before_it_was_evaluated(tmp_path):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "num_train_epochs": 1, "max_steps": -1}
+    made = train(tmp_path, eval_dataset=data(6, seed=9), extra=[Eager()], **options)
+    last = made.state.global_step
+    assert made.state.best_global_step == last and made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{last}")

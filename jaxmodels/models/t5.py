@@ -380,7 +380,8 @@ class T5ForQuestionAnswering(T5Model):
         out = super().__call__(input_ids, attention_mask, **inputs)
         start, end = jnp.unstack(self.qa_outputs(out.last_hidden_state), axis=-1)
         wanted = start_positions is not None and end_positions is not None
-        loss = span_loss(start, end, start_positions, end_positions) if wanted else None  # type: ignore[arg-type]
+        mask = inputs.get("decoder_attention_mask")
+        loss = span_loss(start, end, start_positions, end_positions, mask) if wanted else None  # type: ignore[arg-type]
         return Seq2SeqQuestionAnsweringOutput(loss=loss, start_logits=start, end_logits=end, **rest(out))
 
 

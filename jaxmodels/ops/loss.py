@@ -197,12 +197,21 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     )
 
 
-def span_loss(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
-    """Mean of the two cross-entropies of logits [B,T] against positions [B]; positions outside 0..T-1 are left out."""
+def in_text(position: jax.Array, T: int, mask: jax.Array | None = None) -> jax.Array:
+    """bool [B]: which positions [B] are columns of the text; columns from T on are not, nor those that mask [B,T] leaves out."""
+    position = jnp.maximum(position.reshape(-1), 0)
+    if mask is None:
+        return position < T
+    return (position < T) & (jnp.take_along_axis(mask, jnp.minimum(position, T - 1)[:, None], 1)[:, 0] > 0)
+
+
+def span_loss(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Mean of the two cross-entropies of logits [B,T] against positions [B]; positions outside the text are left out. Padding, where
+    mask [B,T] is 0, is nobody's choice."""
     T = start_logits.shape[-1]
 
     def one(logits: jax.Array, position: jax.Array) -> jax.Array:
-        position = jnp.maximum(position.reshape(-1), 0)
-        return cross_entropy(logits, jnp.where(position < T, position, IGNORE))
+        logits = logits if mask is None else jnp.where(mask > 0, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        return cross_entropy(logits, jnp.where(in_text(position, T, mask), jnp.maximum(position.reshape(-1), 0), IGNORE))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2

@@ -117,6 +117,7 @@ class Dataset:
         self.piece, self.pieces = process_share(rules)  # which of how many pieces of a batch this process makes
         if rows % self.pieces:
             raise ValueError(f"a batch of {rows} rows cannot be cut into {self.pieces} equal shares for the processes")
+        self.row_pieces = 1 if rules is None else int(rules.row_pieces)
         self.dataset, self.rows, self.labels, self.columns, self.pad = dataset, rows, labels, columns, pad
         self.collator, self.strategy, self.seed = collator, strategy, seed
         self.lengths = example_lengths(dataset, length_column) if strategy == "group_by_length" else None
@@ -147,19 +148,17 @@ class Dataset:
         padded = np.concatenate([numbers, np.repeat(numbers[:1], self.rows - len(numbers))])
         if len(numbers) < self.rows and jax.process_count() == 1 and not self.pad:
             padded = numbers
-        per = len(padded) // self.pieces
-        first = self.piece * per
-        mine = padded[first : first + per]
-        real = max(0, min(per, len(numbers) - first))
         whole = self.collate(padded)
         if len(next(iter(whole.values()))) != len(padded):
             return self._joined(whole if len(numbers) == len(padded) else self.collate(numbers), numbers)
+        if len(numbers) < len(padded) and not can_mask(whole, self.labels):
+            whole, padded = self.collate(numbers), numbers
+        per = len(padded) // (1 if len(padded) % self.row_pieces else self.pieces)  # every process has all rows of what does not divide
+        first = self.piece * per if per < len(padded) else 0
+        mine = padded[first : first + per]
+        real = max(0, min(per, len(numbers) - first))
         arrays = {name: array[first : first + per] for name, array in whole.items()}
-        if real < per and not can_mask(arrays, self.labels):
-            if jax.process_count() > 1:
-                raise ValueError("the last batch of the epoch cannot be padded, as its labels cannot be left out: set dataloader_drop_last")
-            arrays, padded = self.collate(numbers), numbers
-        elif real < per:
+        if real < per:
             arrays = mask_rows(arrays, np.arange(per) < real, self.labels)
         return Batch(arrays, len(padded), len(numbers), real, _examples(mine[:real]))
 
@@ -287,11 +286,11 @@ def batch_devices(model: Any) -> int:
 
 
 def put(model: Any, batch: Batch) -> dict[str, jax.Array]:
-    """The whole batch on the model's devices, as global_batch puts it there; on every one what does not divide, which one process may
-    have at the end of an epoch."""
+    """The whole batch on the model's devices, as global_batch puts it there; on every one what does not divide, at the end of an epoch."""
     rules, arrays = model.rules, {name: array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in batch.arrays.items()}
     if rules is None:
         return jax.device_put(arrays)
-    if jax.process_count() == 1 and batch.rows % rules.row_pieces:
-        return jax.device_put(arrays, rules.sharding((), ()))
+    if batch.rows % rules.row_pieces and all(len(array) == batch.rows for array in arrays.values()):
+        here = rules.sharding((), ())
+        return {name: jax.make_array_from_process_local_data(here, array, array.shape) for name, array in arrays.items()}
     return global_batch(rules, arrays)

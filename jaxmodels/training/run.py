@@ -280,7 +280,6 @@ class Run:
             began = time.perf_counter()
         if control.should_evaluate:
             better = self._better(self.trainer.evaluate())
-            control.should_evaluate = False
             if args.save_strategy == "best":
                 control.should_save = better
         if control.should_save:
@@ -315,13 +314,13 @@ class Run:
 
     def _save(self) -> None:
         state = self.trainer.state
-        if state.global_step == self.saved_at:
-            return
         best = self.checkpoints.path(state.best_global_step) if state.best_global_step is not None else None
         if best is not None and (best.is_dir() or state.best_global_step == state.global_step):
             state.best_model_checkpoint = str(best)
         self.checkpoints.wait()
         self.checkpoints.best = state.best_model_checkpoint
+        if state.global_step == self.saved_at:  # evaluated after it was saved
+            return
         state.stateful_callbacks = plain(self.trainer.callback_handler.states())
         run = {
             "trainer_state": dataclasses.asdict(state),

@@ -269,6 +269,7 @@ class Trainer:
         output = self.evaluation_loop(dataset, self.compute_metrics is None or self.args.prediction_loss_only, metric_key_prefix)
         self.log(dict(output.metrics))
         metrics = {**output.metrics, "epoch": self.state.epoch}
+        self.control.should_evaluate = False
         self.call_event("on_evaluate", metrics=metrics)
         return metrics
 
