@@ -338,11 +338,11 @@ def test_a_wrong_length_is_caught(longrope, monkeypatch):
 
 
 def loss_of_the_same_token(patch):
-    wrap(patch, model, "causal_lm_loss", lambda original, logits, labels: model.cross_entropy(logits, labels))
+    wrap(patch, model, "causal_lm_loss", lambda original, logits, labels, count: model.cross_entropy(logits, labels, count))
 
 
 def loss_counts_padding(patch):
-    wrap(patch, model, "causal_lm_loss", lambda original, logits, labels: original(logits, jnp.maximum(labels, 0)))
+    wrap(patch, model, "causal_lm_loss", lambda original, logits, labels, count: original(logits, jnp.maximum(labels, 0), count))
 
 
 def no_gradient_through_keys(patch):
