@@ -197,12 +197,13 @@ def classification_loss(logits: jax.Array, labels: jax.Array, problem_type: str 
     )
 
 
-def in_text(position: jax.Array, T: int, mask: jax.Array | None = None) -> jax.Array:
-    """bool [B]: which positions [B] are columns of the text; columns from T on are not, nor those that mask [B,T] leaves out."""
+def answer_labels(position: jax.Array, T: int, mask: jax.Array | None = None) -> jax.Array:
+    """Positions [B] among T columns of a text as labels: -100 from T on, and where mask [B,T] leaves the column out."""
     position = jnp.maximum(position.reshape(-1), 0)
-    if mask is None:
-        return position < T
-    return (position < T) & (jnp.take_along_axis(mask, jnp.minimum(position, T - 1)[:, None], 1)[:, 0] > 0)
+    real = position < T
+    if mask is not None:
+        real &= jnp.take_along_axis(mask, jnp.minimum(position, T - 1)[:, None], 1)[:, 0] > 0
+    return jnp.where(real, position, IGNORE)
 
 
 def span_loss(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -212,6 +213,6 @@ def span_loss(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, 
 
     def one(logits: jax.Array, position: jax.Array) -> jax.Array:
         logits = logits if mask is None else jnp.where(mask > 0, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        return cross_entropy(logits, jnp.where(in_text(position, T, mask), jnp.maximum(position.reshape(-1), 0), IGNORE))
+        return cross_entropy(logits, answer_labels(position, T, mask))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxmodels.layers import Embedding
 from jaxmodels.model import CausalLM, pack
-from jaxmodels.ops.loss import IGNORE, LossOptions, in_text, token_losses
+from jaxmodels.ops.loss import IGNORE, LossOptions, answer_labels, token_losses
 from jaxmodels.params import flatten
 from jaxmodels.training.trainable import Frozen, merge, placement, split
 
@@ -95,7 +95,7 @@ def count_items(model: Any, batch: Batch) -> jax.Array:
     the rows."""
     labels, starts = batch.get("labels"), batch.get("start_positions")
     if starts is not None and "input_ids" in batch:
-        return jnp.sum(in_text(starts, batch["input_ids"].shape[1], batch.get("attention_mask")))
+        return jnp.sum(answer_labels(starts, batch["input_ids"].shape[1], batch.get("attention_mask")) != IGNORE)
     if labels is None or jnp.issubdtype(labels.dtype, jnp.floating):
         return jnp.int32(len(next(iter(batch.values()))))
     if isinstance(model, CausalLM):
